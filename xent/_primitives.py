@@ -1,0 +1,170 @@
+"""The contract of the two primitives, and the choice of the backend that runs them.
+
+Every loss of this package is a function of a few numbers per row, so every pass over the (N, C) logits is one
+of these two functions. A backend is a module with exactly these two, plus `refusal`, which says why it cannot
+take a given pair of tensors.
+
+The letters, here and in every backend: N rows, C classes held here, `x` the raw logits of one row,
+`z = softcap * tanh(scale * x / softcap)` (or just `scale * x`) the logits that count, `y` the target,
+`q` a target distribution, `w` the class weights, `p = softmax(z)`.
+
+    lse_and_pick    reads every logit once, writes nothing but N-vectors
+    logits_grad     reads every logit once, writes every gradient once
+
+Both keep these promises:
+
+- Statistics and upstream gradients are float64 (float32 where the device has none): one number per row costs
+  nothing, and `lse - picked` stays exact to the last bit of the logits however far from 0 they all lie.
+- A row whose index target equals `ignore_index` is never read: its statistics are 0, its argmax is -1, and its
+  gradient is exactly 0, whatever it holds. The work is proportional to the rows that count.
+- A row, or a part of one, that is -inf does not make NaN out of a finite result. A whole row of -inf has
+  lse = -inf. A +inf or NaN that counts makes the row's lse NaN.
+- A coefficient (probability or class weight) of exactly 0 contributes 0, even where the logit is infinite.
+- Index targets are checked against [0, classes) before anything is read through them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ._backends import Stats, check_range, statistics_dtype
+
+NAMES = ("native", "triton", "eager")  # in order of preference
+FORCED = os.environ.get("XENT_BACKEND")
+
+
+def lse_and_pick(
+    logits: Float[Tensor, "N C"],
+    target: Int[Tensor, " N"] | Float[Tensor, "N C"],
+    *,
+    start: int = 0,
+    classes: int | None = None,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    class_weight: Float[Tensor, " C"] | None = None,
+    want_wsum: bool = False,
+    want_entropy: bool = False,
+    want_argmax: bool = False,
+) -> Stats:
+    """Row statistics in one pass.
+
+    `start` is the global index of the first class held here and `classes` the global number of classes
+    (default: start + C): a target in [0, classes) but outside [start, start + C) picks 0. `class_weight` is in
+    `compute_dtype(logits)` and counts in `wsum` and, for probabilities, in `picked` and `mass`; an index target's
+    own weight is the caller's affair, being one number per row. `argmax` is local to the classes held here.
+
+    Raises IndexError for an index target outside [0, classes) other than `ignore_index` (on CUDA: an asynchronous
+    device-side assertion).
+    """
+    if logits.numel() == 0:
+        return _no_logits(logits, target, classes or 0, ignore_index, want_wsum, want_entropy, want_argmax)
+    return backend_for(logits, target).lse_and_pick(  # type: ignore[no-any-return]
+        logits,
+        target,
+        start=start,
+        classes=logits.shape[1] + start if classes is None else classes,
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+        class_weight=class_weight,
+        want_wsum=want_wsum,
+        want_entropy=want_entropy,
+        want_argmax=want_argmax,
+    )
+
+
+def logits_grad(
+    logits: Float[Tensor, "N C"],
+    target: Int[Tensor, " N"] | Float[Tensor, "N C"],
+    lse: Float[Tensor, " N"],
+    g_lse: Float[Tensor, " N"],
+    g_picked: Float[Tensor, " N"],
+    g_wsum: Float[Tensor, " N"] | None = None,
+    g_entropy: Float[Tensor, " N"] | None = None,
+    *,
+    start: int = 0,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    class_weight: Float[Tensor, " C"] | None = None,
+    out: Float[Tensor, "N C"] | None = None,
+) -> Float[Tensor, "N C"]:
+    """The gradient with respect to the raw logits, given one upstream number per row and statistic.
+
+        dz_c = p_c (g_lse - g_entropy log p_c)  +  g_picked t_c  +  g_wsum w_c        t_c = [c = y - start] or q_c w_c
+        dx_c = dz_c * dz_c/dx_c
+
+    where log p_c = z_c - lse. (The entropy H has the gradient -p_c (log p_c + H): the caller folds the part that is
+    one number per row, -g_entropy H, into `g_lse`.) The sum is taken in `compute_dtype` and rounded once, since
+    p - 1 at a confident target has no bits left in half precision. `out` may be `logits` itself, which is then
+    overwritten: the caller's explicit choice. A fresh result is (N, C) contiguous, in the dtype of the logits.
+    """
+    if logits.numel() == 0:
+        return torch.empty_like(logits)
+    return backend_for(logits, target).logits_grad(  # type: ignore[no-any-return]
+        logits,
+        target,
+        lse,
+        g_lse,
+        g_picked,
+        g_wsum,
+        g_entropy,
+        start=start,
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+        class_weight=class_weight,
+        out=out,
+    )
+
+
+def _no_logits(
+    logits: Tensor, target: Tensor, classes: int, ignore_index: int, wsum: bool, entropy: bool, argmax: bool
+) -> Stats:
+    """No rows, or a shard without classes: an empty sum has lse = log 0. No backend needs to think of it."""
+    zeros = logits.new_zeros(len(logits), dtype=statistics_dtype(logits.device))
+    if target.is_floating_point():
+        lse, mass = zeros - torch.inf, zeros.clone()
+    else:
+        check_range(target, classes, ignore_index)
+        lse, mass = torch.where(target == ignore_index, zeros, -torch.inf), None
+    index = torch.full_like(zeros, -1, dtype=torch.int64)
+    return Stats(
+        lse,
+        zeros.clone(),
+        mass,
+        zeros.clone() if wsum else None,
+        zeros.clone() if entropy else None,
+        index if argmax else None,
+    )
+
+
+@functools.cache
+def load(name: str) -> ModuleType | str:
+    """The backend module, imported only now, or the reason why this machine does not have it."""
+    try:
+        return importlib.import_module(f"xent._backends.{name}")
+    except ImportError as error:
+        return str(error)
+
+
+def backend_for(logits: Tensor, target: Tensor) -> ModuleType:
+    """The first backend of `NAMES` that takes these tensors; with XENT_BACKEND set, that one or an error."""
+    if FORCED and FORCED not in NAMES:
+        raise ValueError(f"XENT_BACKEND: expected one of {', '.join(NAMES)}, got {FORCED!r}")
+    reasons = []
+    for name in (FORCED,) if FORCED else NAMES:
+        module = load(name)
+        reason = module if isinstance(module, str) else module.refusal(logits, target)
+        if reason is None:
+            return module  # type: ignore[return-value]
+        reasons.append(f"{name}: {reason}")
+    raise RuntimeError(f"no backend for {logits.dtype} logits on {logits.device}: {'; '.join(reasons)}")
