@@ -1,0 +1,46 @@
+"""From row statistics to the loss: the formula of every option, in plain differentiable torch on N-vectors.
+
+With w the class weights, eps the label smoothing and lambda the z-loss,
+
+    nll_n  = lse_n - z_ny
+    loss_n = w_y (1 - eps) nll_n  +  eps / C (lse_n sum_c w_c - sum_c w_c z_nc)  +  lambda lse_n^2
+    mean   = sum_n loss_n / sum_n w_y
+
+A probability target q has sum_c q_c w_c (lse_n - z_nc) = lse_n mass_n - picked_n in the place of w_y nll_n, and its
+mean divides by N. Rows that are ignored have lse = picked = wsum = 0: every term of theirs is 0 without a mask.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._backends import Stats, statistics_dtype
+
+
+def row_weights(target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
+    """w_y (N,): the weight of each row's target, 0 for an ignored row."""
+    counts = target != ignore_index
+    y = target.where(counts, 0).long()
+    return weight.to(statistics_dtype(weight.device))[y].masked_fill(~counts, 0)
+
+
+def row_losses(
+    stats: Stats, row_weight: Tensor | None, weight_sum: float | Tensor, C: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """loss_n (N,), in nats, in the statistics' dtype. `row_weight` is w_y, or None where all are 1."""
+    lse, picked, mass, wsum, *_ = stats
+    nll = lse - picked if mass is None else lse * mass - picked
+    loss = nll if row_weight is None else row_weight * nll
+    if wsum is not None:
+        loss = (1 - label_smoothing) * loss + label_smoothing / C * (lse * weight_sum - wsum)
+    return loss if z_loss == 0 else loss + z_loss * lse**2
+
+
+def mean_divisor(target: Tensor, row_weight: Tensor | None, ignore_index: int, on_empty: str) -> int | Tensor:
+    """What the mean divides by. Where no row counts that is 0, and 0/0 is NaN; `on_empty="zero"` makes it 0/1."""
+    if target.is_floating_point():
+        N = target.shape[0]
+        return 1 if N == 0 and on_empty == "zero" else N
+    counts = target != ignore_index
+    total = (counts if row_weight is None else row_weight).sum()
+    return total if on_empty == "nan" else total + (~counts).all()

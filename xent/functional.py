@@ -1,0 +1,210 @@
+"""The losses as functions. Each is a few lines: lay out rows, take their statistics, apply the formula, reduce."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from . import _layout, _objective
+from ._autograd import Wanted, row_stats
+from ._backends import Reading, compute_dtype
+
+
+@_layout.overridable
+def cross_entropy(
+    input: Float[Tensor, "..."],
+    target: Shaped[Tensor, "..."],
+    weight: Float[Tensor, " C"] | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    dim: int | None = None,
+    normalizer: float | Tensor | None = None,
+    on_empty: str = "nan",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    inplace_backward: bool = False,
+) -> Float[Tensor, "..."]:
+    r"""Cross-entropy between logits and targets, in nats.
+
+    For one position with logits :math:`x`, let :math:`z_c = \kappa \tanh(s x_c / \kappa)` (:math:`s` = `logit_scale`,
+    :math:`\kappa` = `softcap`; without them :math:`z = x`), :math:`\mathrm{lse} = \log \sum_c e^{z_c}`,
+    :math:`\varepsilon` = `label_smoothing`, :math:`\lambda` = `z_loss`, :math:`w` = `weight`. An index target `y` has
+
+    .. math:: \ell = (1-\varepsilon)\, w_y\, (\mathrm{lse} - z_y)
+              + \frac{\varepsilon}{C} \sum_c w_c\, (\mathrm{lse} - z_c) + \lambda\, \mathrm{lse}^2
+
+    and a target distribution `q` has :math:`\sum_c ((1-\varepsilon) q_c + \varepsilon/C)\, w_c\, (\mathrm{lse} - z_c)`
+    in the place of the first two terms. "mean" divides the sum by :math:`\sum w_y` over the positions that count, for
+    indices, and by their number, for probabilities. Each position's gradient is the classic one, `softmax - one-hot`.
+
+    The arguments that :func:`torch.nn.functional.cross_entropy` has mean what they mean there.
+
+    Args:
+        input: logits of shape `(C)`, `(N, C)`, `(N, C, d1, ...)` (PyTorch's layout) or `(..., C)` (a language model's),
+            of any floating dtype and any strides.
+        target: class indices in `[0, C)`, of `input`'s shape without the class dimension and any integer dtype; or
+            probabilities, of `input`'s shape and any floating dtype, which may require grad.
+        weight: `(C,)`, a weight for each class, of any floating dtype.
+        ignore_index: positions with this target count for nothing: they are not read, add nothing to the loss and
+            have a gradient of exactly 0, even where they hold NaN. Index targets only.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: in [0, 1].
+        dim: the class dimension. None finds it from the shapes, and refuses where two readings fit.
+        normalizer: what "mean" divides by instead of its own count: a number or a 0-d tensor.
+        on_empty: what "mean" gives where every target is ignored: "nan", as torch, or "zero". Gradients are 0 in both.
+        z_loss: :math:`\lambda \ge 0`, pulls lse towards 0.
+        softcap: :math:`\kappa > 0`, bounds the logits.
+        logit_scale: :math:`s`, multiplies the logits, before the softcap.
+        loss_dtype: dtype of the result. None is `input`'s (float32 under autocast), rounded once at the end; all
+            arithmetic on single logits is in float32 (float64 for float64), on rows and their sums in float64.
+        inplace_backward: let backward write the gradient over the logits, so that it needs no memory of its own. The
+            logits are gone then: a second use of them raises, as after any in-place operation.
+
+    Returns:
+        A 0-d tensor, or for "none" one loss for each position, of the target's shape without the class dimension.
+
+    Raises:
+        TypeError: `input`, `target` or `weight` is not a Tensor, or an option is not of its type.
+        ValueError: shapes do not fit each other, two class dimensions fit, or an option is out of its range.
+        IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
+            assertion), or `dim` is out of range.
+        RuntimeError: a dtype is not among those above, devices differ, `weight` requires grad beside class
+            indices; `inplace_backward` meets logits that are not rows in memory of
+            their own, or `create_graph=True`; in backward, the logits were modified.
+
+    Example:
+        >>> import torch, xent
+        >>> _ = torch.manual_seed(0)
+        >>> logits = torch.randn(4, 3, requires_grad=True)          # (N, C)
+        >>> target = torch.tensor([0, 1, 2, 1])                     # (N,)
+        >>> loss = xent.cross_entropy(logits, target)
+        >>> print(f"{loss.item():.4f}")
+        1.4412
+        >>> loss.backward()
+        >>> one_hot = torch.nn.functional.one_hot(target, 3)
+        >>> torch.allclose(logits.grad, (logits.softmax(1) - one_hot) / 4)
+        True
+        >>> batch = torch.randn(2, 5, 7)                            # (B, T, V) with (B, T) targets, as they are
+        >>> xent.cross_entropy(batch, torch.randint(7, (2, 5)), reduction="none").shape
+        torch.Size([2, 5])
+
+    Source:
+        The loss is the negative log-likelihood of softmax regression (Bridle, 1990); label smoothing: Szegedy et al.,
+        2016, arXiv:1512.00567; z-loss: Chowdhery et al., 2022, arXiv:2204.02311; softcap: Gemma 2, 2024,
+        arXiv:2408.00118. The one-pass stable lse: Milakov and Gimelshein, 2018, arXiv:1805.02867.
+    """
+    _layout.check_options(ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
+    _layout.check_transform(logit_scale, softcap)
+    logits, y, shape = _layout.to_rows(input, target, dim, ignore_index, inplace_backward)
+    C = logits.shape[1]
+    soft, smooth = y.is_floating_point(), label_smoothing > 0
+    _layout.check_weight(weight, C, logits, soft)
+
+    class_weight = weight.to(compute_dtype(logits)) if weight is not None and (soft or smooth) else None
+    reading = Reading(ignore_index, logit_scale, softcap)
+    stats = row_stats(logits, y, class_weight, reading, Wanted(wsum=smooth, inplace=inplace_backward))
+
+    row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore_index)
+    weight_sum = C if weight is None else weight.sum(dtype=stats.lse.dtype)
+    losses = _objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss)
+
+    dtype = loss_dtype or _layout.result_dtype(input)
+    if reduction == "none":
+        return losses.to(dtype).view(shape)
+    total = losses.sum()
+    if reduction == "mean":
+        if normalizer is None:
+            normalizer = _objective.mean_divisor(y, row_weight, ignore_index, on_empty)
+        total = total / normalizer
+    return total.to(dtype)
+
+
+class TokenStats(NamedTuple):
+    """What :func:`token_stats` returns. Each field has one number per position; the floating ones are in nats."""
+
+    log_prob: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    prediction: Tensor | None
+
+
+@_layout.overridable
+def token_stats(
+    input: Float[Tensor, "..."],
+    target: Int[Tensor, "..."],
+    *,
+    dim: int | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    prediction: bool = False,
+) -> TokenStats:
+    r"""Per-token log-probability, log-normaliser, entropy (in nats) and prediction: the parts to build a loss from.
+
+    With :math:`z` the scaled and capped logits of :func:`cross_entropy` and :math:`p = \mathrm{softmax}(z)`,
+
+    .. math:: \mathrm{log\_prob} = z_y - \mathrm{lse}, \quad \mathrm{lse} = \log \sum_c e^{z_c}, \quad
+              \mathrm{entropy} = -\sum_c p_c \log p_c, \quad \mathrm{prediction} = \arg\max_c z_c
+
+    All but the prediction are differentiable, any number of times. Whatever is built on them, the logits are read once
+    in forward and once in backward, and their gradient is the only tensor of their size that is ever made.
+
+    Args:
+        input: logits of shape `(C)`, `(N, C)`, `(N, C, d1, ...)` or `(..., C)`, of any floating dtype.
+        target: class indices of `input`'s shape without the class dimension, of any integer dtype.
+        dim: the class dimension. None finds it from the shapes, and refuses where two readings fit.
+        ignore_index: a position with this target is not read: its log_prob, lse and entropy are 0, its prediction -1,
+            its gradient 0.
+        softcap: :math:`z = \kappa \tanh(x / \kappa)`.
+        logit_scale: multiplies the logits, before the softcap.
+        entropy: whether to compute the entropy.
+        prediction: whether to find the most likely class; the lowest of equals.
+
+    Returns:
+        TokenStats(log_prob, lse, entropy, prediction), each of the target's shape, float32 (float64 for float64
+        logits; the prediction int64); entropy and prediction are None unless asked for.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`cross_entropy`; a target of probabilities is refused.
+
+    Example:
+        A focal loss, :math:`-(1 - p_y)^\gamma \log p_y`, and the textbook form of it:
+
+        >>> import torch, xent
+        >>> _ = torch.manual_seed(0)
+        >>> logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)     # (B, T, V)
+        >>> target = torch.randint(7, (2, 5))                                         # (B, T)
+        >>> log_p = xent.token_stats(logits, target).log_prob
+        >>> focal = (-((1 - log_p.exp()) ** 2) * log_p).mean()
+        >>> p = logits.softmax(-1).gather(-1, target[..., None])[..., 0]
+        >>> textbook = (-((1 - p) ** 2) * p.log()).mean()
+        >>> torch.allclose(focal, textbook)
+        True
+        >>> torch.allclose(*torch.autograd.grad(focal, logits), *torch.autograd.grad(textbook, logits))
+        True
+
+    Source:
+        Focal loss: Lin et al., 2017, arXiv:1708.02002.
+    """
+    _layout.check_ignore_index(ignore_index)
+    _layout.check_transform(logit_scale, softcap)
+    logits, y, shape = _layout.to_rows(input, target, dim, ignore_index)
+    if y.is_floating_point():
+        raise ValueError(f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}")
+    wanted = Wanted(entropy=entropy, argmax=prediction)
+    stats = row_stats(logits, y, None, Reading(ignore_index, logit_scale, softcap), wanted)
+    dtype = compute_dtype(logits)
+    return TokenStats(
+        log_prob=(stats.picked - stats.lse).to(dtype).view(shape),
+        lse=stats.lse.to(dtype).view(shape),
+        entropy=None if stats.entropy is None else stats.entropy.to(dtype).view(shape),
+        prediction=None if stats.argmax is None else stats.argmax.view(shape),
+    )
