@@ -127,7 +127,28 @@ def cross_entropy(
 
 
 class TokenStats(NamedTuple):
-    """What :func:`token_stats` returns. Each field has one number per position; the floating ones are in nats."""
+    r"""What :func:`token_stats` returns: one number per position, of shape `(...)`, the shape of its target.
+
+    Args:
+        log_prob: :math:`z_y - \mathrm{lse} \le 0`, in nats.
+        lse: :math:`\log \sum_c e^{z_c}`, in nats.
+        entropy: :math:`-\sum_c p_c \log p_c \in [0, \log C]`, in nats; None where it was not asked for.
+        prediction: :math:`\arg\max_c z_c`, int64; None where it was not asked for.
+
+    Raises:
+        AttributeError: a field is assigned to; a NamedTuple is made once.
+
+    Example:
+        >>> import torch, xent
+        >>> stats = xent.token_stats(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), prediction=True)
+        >>> stats.prediction
+        tensor([1])
+        >>> stats.entropy is None
+        True
+
+    Source:
+        Perplexity is exp of the mean of -log_prob: Jelinek et al., 1977.
+    """
 
     log_prob: Tensor
     lse: Tensor
@@ -198,7 +219,9 @@ def token_stats(
     _layout.check_transform(logit_scale, softcap)
     logits, y, shape = _layout.to_rows(input, target, dim, ignore_index)
     if y.is_floating_point():
-        raise ValueError(f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}")
+        raise ValueError(
+            f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
+        )
     wanted = Wanted(entropy=entropy, argmax=prediction)
     stats = row_stats(logits, y, None, Reading(ignore_index, logit_scale, softcap), wanted)
     dtype = compute_dtype(logits)

@@ -78,14 +78,11 @@ def lse_and_pick(
     if mass is not None and picked is not None:
         return Stats(lse, picked + m * mass, mass, wsum, entropy, argmax)
 
-    keep = target != ignore_index
     y, here = _local(target, start, C)
     picked = scores(logits.gather(1, y[:, None]), scale, softcap)[:, 0].to(dtype)
-    lse, picked = torch.where(keep, lse, 0), torch.where(keep & here, picked, 0)
-    wsum = None if wsum is None else torch.where(keep, wsum, 0)
-    entropy = None if entropy is None else torch.where(keep, entropy, 0)
-    argmax = None if argmax is None else torch.where(keep, argmax, -1)
-    return Stats(lse, picked, None, wsum, entropy, argmax)
+    stats = Stats(lse, torch.where(here, picked, 0), None, wsum, entropy, argmax)
+    ignored = target == ignore_index
+    return Stats(*[None if n is None else n.masked_fill(ignored, -1 if n is argmax else 0) for n in stats])  # type: ignore[arg-type]
 
 
 def logits_grad(
