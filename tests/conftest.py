@@ -1,0 +1,39 @@
+"""For the whole suite: shapes and types checked at run time, and every backend that this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+from beartype import BeartypeConf, beartype
+
+# What the import hook puts on every function of xent. The numeric tower: an int will do where a float is asked for.
+typed = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+with jaxtyping.install_import_hook("xent", "conftest.typed"):
+    from xent import _primitives
+
+
+def backends() -> list[str]:
+    """The backends to test: the one that XENT_BACKEND asks for, whether it is there or not, or else all that are."""
+    if _primitives.FORCED:
+        return [_primitives.FORCED]
+    return [name for name in _primitives.NAMES if not isinstance(_primitives.load(name), str)]
+
+
+@pytest.fixture(params=backends())
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test once on each backend. One that was asked for and is missing fails the test, with its reason."""
+    module = _primitives.load(request.param)
+    assert not isinstance(module, str), f"XENT_BACKEND={request.param}: {module}"
+    monkeypatch.setattr(_primitives, "FORCED", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """xent as its users have it: without the run-time checks, which would meet bad input before xent's own do."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,249 @@
+"""The truth in float64, written from the formulas and not from the package; and how far from it a result may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+Options = dict[str, Any]
+
+# How many rounding errors of its own dtype a result may have: half a unit for the one rounding at the end of a half
+# precision result, a few for arithmetic in the dtype itself (an exp near -20 alone has 20).
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1.01 * 2**-8, torch.float16: 1.01 * 2**-11}
+ALL_DTYPES = tuple(TOLERANCE)
+every_dtype = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+
+EVERYTHING = {"want_wsum": True, "want_entropy": True, "want_argmax": True}  # of `lse_and_pick`
+UPSTREAM = ("g_lse", "g_picked", "g_wsum", "g_entropy")  # of `logits_grad`
+
+
+class Truth(NamedTuple):
+    """The statistics of `xent._backends.Stats`, all of them."""
+
+    lse: Tensor
+    picked: Tensor
+    mass: Tensor
+    wsum: Tensor
+    entropy: Tensor
+    argmax: Tensor
+
+
+def scores(x: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """The logits that count: kappa tanh(s x / kappa)."""
+    z = x.double() * scale
+    return z if softcap is None else softcap * (z / softcap).tanh()
+
+
+def log_sum_exp(z: Tensor) -> Tensor:
+    """log sum_c exp(z_c) of each row; a whole row of -inf has log 0."""
+    peak = z.detach().amax(1, keepdim=True)
+    peak = peak.where(peak > -torch.inf, 0)
+    return peak[:, 0] + (z - peak).exp().sum(1).log()
+
+
+def weighted_sum(coefficient: Tensor, value: Tensor) -> Tensor:
+    """sum_c k_c v_c of each row, where a coefficient of 0 contributes 0 whatever its value is."""
+    unused = coefficient == 0
+    return (coefficient * value.masked_fill(unused, 0)).sum(1)
+
+
+def one_hot(y: Tensor, C: int) -> Tensor:
+    """(N, C), with no 1 at all where y is not in [0, C)."""
+    return (y[:, None] == torch.arange(C)).double()
+
+
+def statistics(z: Tensor, target: Tensor, weight: Tensor | None = None, start: int = 0) -> Truth:
+    """Of rows (N, C) of scores whose first class is number `start`, each by its definition."""
+    C = z.shape[1]
+    w = torch.ones(C).double() if weight is None else weight.double()
+    t = target.double() * w if target.is_floating_point() else one_hot(target - start, C)
+    lse = log_sum_exp(z)
+    log_p = z - lse[:, None]
+    first = torch.arange(C).where(z == z.amax(1, keepdim=True), C).amin(1)
+    entropy = -weighted_sum(log_p.exp(), log_p)
+    return Truth(lse, weighted_sum(t, z), t.sum(1), weighted_sum(w.expand_as(z), z), entropy, first)
+
+
+def gradient(
+    x: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    upstream: dict[str, Tensor],
+    weight: Tensor | None = None,
+    start: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """dx (N, C), entry by entry, as the contract of `logits_grad` has it."""
+    g = {name: row[:, None] for name, row in upstream.items()}
+    z = scores(x, scale, softcap)
+    w = torch.ones(x.shape[1]).double() if weight is None else weight.double()
+    t = target.double() * w if target.is_floating_point() else one_hot(target - start, x.shape[1])
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    dz = p * g["g_lse"] + g["g_picked"] * t
+    if "g_wsum" in g:
+        dz = dz + g["g_wsum"] * w
+    if "g_entropy" in g:
+        dz = dz - g["g_entropy"] * p * log_p.masked_fill(p == 0, 0)
+    return dz * (scale if softcap is None else scale / (scale * x.double() / softcap).cosh() ** 2)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    dim: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    normalizer: float | None = None,
+    on_empty: str = "nan",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """The loss in float64, differentiable. `dim` defaults to PyTorch's layout.
+
+    Both kinds of target are a distribution q over the classes, and the loss of a row is sum_c q_c w_c (lse - z_c).
+    """
+    axis = min(1, input.dim() - 1) if dim is None else dim
+    logits = input.movedim(axis, -1)
+    shape, C = logits.shape[:-1], logits.shape[-1]
+    x = logits.reshape(shape.numel(), C)
+    soft = target.shape == input.shape
+    w = torch.ones(C).double() if weight is None else weight.double()
+    if soft:
+        q, keep = target.double().movedim(axis, -1).reshape(x.shape), torch.ones(len(x), dtype=torch.bool)
+    else:
+        q, keep = one_hot(target.reshape(-1).long(), C), target.reshape(-1).long() != ignore_index
+
+    rows = keep.nonzero()[:, 0]
+    z, q = scores(x[rows], logit_scale, softcap), q[rows]
+    smooth = (1 - label_smoothing) * q + label_smoothing / C
+    lse = log_sum_exp(z)
+    row_losses = weighted_sum(smooth * w, lse[:, None] - z) + z_loss * lse**2
+    if reduction == "none":
+        return torch.zeros(len(x)).double().index_put((rows,), row_losses).view(shape)
+    if reduction == "sum":
+        return row_losses.sum()
+    count = torch.tensor(float(len(x))).double() if soft else (q * w).sum()
+    if on_empty == "zero" and len(rows) == 0:
+        count = count + 1
+    return row_losses.sum() / (count if normalizer is None else normalizer)
+
+
+def upstream_for(loss: Tensor) -> Tensor:
+    """One random number per loss, to hand to backward: with all ones, an upstream that is never read goes unnoticed.
+
+    Odd multiples of 1/32, which every dtype holds as they are, and none of them 0.
+    """
+    numbers = torch.randint(-64, 64, loss.shape, generator=torch.Generator().manual_seed(7))
+    return ((2 * numbers + 1) / 32).to(loss)
+
+
+def loss_and_grad(
+    function: Callable[..., Tensor], x: Tensor, *args: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`function(x, *args, **options)` and its gradient at x for `upstream_for` its result."""
+    x = x.detach().requires_grad_()
+    loss = function(x, *args, **options)
+    (grad,) = torch.autograd.grad(loss, x, upstream_for(loss))
+    return loss.detach(), grad
+
+
+def true_loss_and_grad(x: Tensor, *args: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """The same in float64, for the very logits that x holds."""
+    return loss_and_grad(cross_entropy, x.double(), *args, **options)
+
+
+class Errors(NamedTuple):
+    """The largest error over the rows of a gradient, each in units of a norm of the row itself."""
+
+    target: float  # the target's entry, in units of the row's norm
+    rest: float  #   all other entries, in units of the norm of the others
+
+
+def gradient_errors(got: Tensor, truth: Tensor, target: Tensor | None = None, dim: int = -1) -> Errors:
+    """How far a gradient is from the truth, row by row, the target's entry and the rest apart.
+
+    An absolute tolerance does not see a large vocabulary: all the entries but the target's shrink like 1/C, and at
+    C = 128k zeros pass for them. A row that must be 0 has an infinite error if it is anything else. `target` holds
+    class indices; without it (probabilities) every entry is one of the rest.
+    """
+    C = got.shape[dim]
+    truth = truth.movedim(dim, -1).reshape(-1, C)
+    error = got.double().movedim(dim, -1).reshape(-1, C) - truth
+    # Below the smallest normal number a dtype has fixed steps, and rounding to them is no error of ours.
+    info = torch.finfo(got.dtype)
+    error = error.abs().sub(info.smallest_normal * info.eps / 2).clamp(min=0)
+    is_target = torch.zeros_like(truth) if target is None else one_hot(target.reshape(-1).long(), C)
+    at_target, rest = error * is_target, error * (1 - is_target)
+
+    def largest(e: Tensor, of: Tensor) -> float:
+        relative = e.norm(dim=1) / of.norm(dim=1)
+        return float(relative.where(e.norm(dim=1) != 0, 0).max()) if e.numel() else 0.0
+
+    return Errors(largest(at_target, truth), largest(rest, truth * (1 - is_target)))
+
+
+def assert_grad(got: Tensor, truth: Tensor, target: Tensor | None = None, dim: int = -1, slack: float = 1.0) -> None:
+    """The gradient is as close to the truth as its dtype allows; NaN in either fails."""
+    errors = gradient_errors(got, truth, target, dim)
+    limit = TOLERANCE[got.dtype] * slack
+    assert all(error <= limit for error in errors), f"{errors} of the row's norm, expected at most {limit}"
+
+
+def assert_loss(got: Tensor, truth: Tensor, slack: float = 1.0) -> None:
+    """The loss is as close to the truth as its dtype allows, in units of itself or, where it is small, of 1."""
+    tolerance = TOLERANCE[got.dtype] * slack
+    small = min(tolerance, TOLERANCE[torch.float32])  # half precision results come from float32 arithmetic
+    torch.testing.assert_close(got.double(), truth, rtol=tolerance, atol=small, equal_nan=True)
+
+
+def rows(dtype: torch.dtype, *, N: int = 13, C: int = 37, soft: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) with peaks at the first and the last class, and targets that hit both ends."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, C, generator=generator, dtype=torch.float64) * 3
+    x[:: max(1, N // 3), 0] += 9
+    x[1 :: max(1, N // 3), -1] += 9
+    if soft:
+        return x.to(dtype), torch.rand(N, C, generator=generator).to(dtype) / C
+    y = torch.randint(C, (N,), generator=generator)
+    y[:3] = torch.tensor([0, C - 1, C - 1])
+    return x.to(dtype), y
+
+
+def truth_for(x: Tensor, target: Tensor, weight: Tensor | None = None, **reading: Any) -> Truth:
+    """`statistics` of these rows."""
+    z = scores(x, reading.get("scale", 1.0), reading.get("softcap"))
+    return statistics(z, target, weight, reading.get("start", 0))
+
+
+def upstream(N: int, names: tuple[str, ...] = UPSTREAM) -> dict[str, Tensor]:
+    """One random number per row and statistic."""
+    generator = torch.Generator().manual_seed(2)
+    return {name: torch.randn(N, generator=generator, dtype=torch.float64) for name in names}
+
+
+def assert_stats(got: Any, truth: Truth, target: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
+    """Each statistic is float64 (N,) and as exact as arithmetic on logits of this dtype allows."""
+    soft = target.is_floating_point()
+    tolerance = slack * TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+    for name in ("lse", "picked", "mass", "wsum", "entropy"):
+        value = getattr(got, name)
+        if value is None:
+            assert name in ("wsum", "entropy") or (name == "mass" and not soft)
+            continue
+        assert value.dtype == torch.float64, name
+        torch.testing.assert_close(
+            value, getattr(truth, name), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m
+        )
+    if got.argmax is not None:
+        assert got.argmax.dtype == torch.int64
+        assert got.argmax.equal(truth.argmax)

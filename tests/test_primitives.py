@@ -1,0 +1,212 @@
+"""The suite of the two primitives, which every backend passes: what comes out, and what may go in."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from oracle import EVERYTHING, UPSTREAM, Options, Truth, assert_stats, every_dtype, rows, truth_for, upstream
+from torch import Tensor
+
+from xent._backends import Stats
+from xent._primitives import logits_grad, lse_and_pick
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+CASES = [
+    pytest.param({}, id="plain"),
+    pytest.param({"weight": True}, id="weight: counts in wsum, and not in an index's picked"),
+    pytest.param({"soft": True}, id="probabilities: picked is a sum over the row, mass is 1"),
+    pytest.param({"soft": True, "weight": True}, id="probabilities and weight: mass is not 1"),
+    pytest.param({"scale": 0.25}, id="scale: the chain rule multiplies by it"),
+    pytest.param({"scale": -2.0}, id="negative scale: the largest score is the smallest logit"),
+    pytest.param({"softcap": 3.0}, id="softcap: the chain rule differs at each logit"),
+    pytest.param({"scale": 2.0, "softcap": 5.0, "weight": True}, id="scale before softcap"),
+    pytest.param({"scale": 2.0, "softcap": 5.0, "weight": True, "soft": True}, id="everything on probabilities"),
+    pytest.param({"start": 20}, id="a shard: some targets are in it, some are not"),
+]
+
+
+def build(dtype: torch.dtype, case: Options) -> tuple[Tensor, Tensor, Tensor | None, Options]:
+    """Logits, target, class weight and reading (scale, softcap, start) of one of `CASES`."""
+    x, target = rows(dtype, soft=case.get("soft", False))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.rand(37, generator=torch.Generator().manual_seed(1)).to(compute) if case.get("weight") else None
+    return x, target, weight, {key: value for key, value in case.items() if key in ("scale", "softcap", "start")}
+
+
+@every_dtype
+@pytest.mark.parametrize("case", CASES)
+def test_statistics(case: Options, dtype: torch.dtype) -> None:
+    x, target, weight, reading = build(dtype, case)
+    classes = {"classes": 57} if "start" in case else {}
+    got = lse_and_pick(x, target, class_weight=weight, **reading, **classes, **EVERYTHING)
+    assert_stats(got, truth_for(x, target, weight, **reading), target, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "names", [UPSTREAM[:2], UPSTREAM[:3], UPSTREAM], ids=["lse, picked", "and wsum", "and entropy"]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_gradient(case: Options, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    x, target, weight, reading = build(dtype, case)
+    lse, g = truth_for(x, target, weight, **reading).lse, upstream(len(x), names)
+    got = logits_grad(x, target, lse, **g, class_weight=weight, **reading)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    truth = oracle.gradient(x, target, lse, g, weight, **reading)
+    at = None if target.is_floating_point() else target - reading.get("start", 0)
+    oracle.assert_grad(got, truth, at)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["all rows count", "every third row ignored"])
+def test_many_blocks_of_rows(ignored: bool) -> None:
+    """More rows than any backend takes at once, of a real vocabulary."""
+    x, y = rows(torch.float32, N=50, C=50257)
+    y[::3] = y[::3].where(torch.tensor(not ignored), -100)
+    got = lse_and_pick(x, y, **EVERYTHING)
+    g = upstream(50)
+    grad = logits_grad(x, y, got.lse, **g)
+    keep = y != -100
+    truth = truth_for(x[keep], y[keep])
+    assert_stats(Stats(*[stat if stat is None else stat[keep] for stat in got]), truth, y, torch.float32)
+    expected = oracle.gradient(x[keep], y[keep], truth.lse, {name: row[keep] for name, row in g.items()})
+    oracle.assert_grad(grad[keep], expected, y[keep])
+    assert not grad[~keep].any()
+
+
+@every_dtype
+@pytest.mark.parametrize("wanted", [{}, *({name: True} for name in EVERYTHING)], ids=str)
+def test_only_what_is_wanted(wanted: dict[str, bool], dtype: torch.dtype) -> None:
+    """Each statistic is the same whether the others are asked for or not, and None if it is not asked for."""
+    x, y = rows(dtype)
+    got, everything = lse_and_pick(x, y, **wanted), lse_and_pick(x, y, **EVERYTHING)
+    for name in ("wsum", "entropy", "argmax"):
+        assert (getattr(got, name) is not None) == (f"want_{name}" in wanted)
+    for one, all_of_them in zip(got, everything, strict=True):
+        assert one is None or torch.allclose(one, all_of_them, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@every_dtype
+def test_one_class(dtype: torch.dtype, soft: bool) -> None:
+    x = torch.tensor([[3.0], [-2.0]], dtype=dtype)
+    target = torch.ones(2, 1) if soft else torch.zeros(2, dtype=torch.int64)
+    got = lse_and_pick(x, target, **EVERYTHING)
+    assert got.lse.tolist() == got.picked.tolist() == got.wsum.tolist() == [3, -2]
+    assert got.entropy.tolist() == got.argmax.tolist() == [0, 0]
+    g = upstream(2, UPSTREAM[:2])
+    grad = logits_grad(x, target, got.lse, **g)
+    oracle.assert_grad(grad, (g["g_lse"] + g["g_picked"])[:, None])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_no_rows(soft: bool) -> None:
+    x = torch.empty(0, 5)
+    target = torch.empty(0, 5) if soft else torch.empty(0, dtype=torch.int64)
+    got = lse_and_pick(x, target, **EVERYTHING)
+    assert (got.mass is not None) == soft
+    assert all(stat.shape == (0,) for stat in got if stat is not None)
+    assert logits_grad(x, target, got.lse, got.lse, got.lse).shape == (0, 5)
+
+
+def test_a_shard_without_classes() -> None:
+    """The sum over no classes is 0, whose log is -inf; ignored rows stay at 0, and targets are checked as ever."""
+    x, y = torch.empty(3, 0), torch.tensor([2, -100, 0])
+    got = lse_and_pick(x, y, classes=4, **EVERYTHING)
+    assert got.lse.tolist() == [-torch.inf, 0, -torch.inf]
+    assert got.picked.tolist() == got.wsum.tolist() == got.entropy.tolist() == [0, 0, 0]
+    assert logits_grad(x, y, got.lse, got.picked, got.picked).shape == (3, 0)
+    with pytest.raises(IndexError, match=r"target: expected class indices in \[0, 4\)"):
+        lse_and_pick(x, y + 2, classes=4)
+    soft = lse_and_pick(x, torch.empty(3, 0), classes=4)
+    assert soft.lse.tolist() == [-torch.inf] * 3
+    assert soft.mass is not None
+    assert soft.mass.tolist() == [0, 0, 0]
+
+
+@every_dtype
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[7]])
+def test_shards_add_up_to_the_whole(case: Options, dtype: torch.dtype) -> None:
+    """Uneven shards, one of them of one class and one of none: the parts of each statistic give that of the whole."""
+    x, target, weight, reading = build(dtype, case)
+    whole = lse_and_pick(x, target, class_weight=weight, **reading, **EVERYTHING)
+    soft, g = target.is_floating_point(), upstream(len(x))
+    bounds = [0, 20, 21, 21, 37]
+    parts, grads = [], []
+    for start, stop in itertools.pairwise(bounds):
+        shard = slice(start, stop)
+        args = x[:, shard], target[:, shard] if soft else target
+        options = {"start": start, "class_weight": None if weight is None else weight[shard], **reading}
+        parts.append(lse_and_pick(*args, classes=37, **options, **EVERYTHING))
+        grads.append(logits_grad(*args, whole.lse, **g, **options))
+    lse = torch.stack([part.lse for part in parts])
+    share = (lse - whole.lse).exp()
+    mean_score = (lse - torch.stack([part.entropy for part in parts])).masked_fill(share == 0, 0)  # sum_c p_c z_c
+    combined = Truth(
+        lse=lse.logsumexp(0),
+        picked=sum(part.picked for part in parts),
+        mass=sum(part.mass for part in parts) if soft else torch.ones(len(x)),
+        wsum=sum(part.wsum for part in parts),
+        entropy=whole.lse - (share * mean_score).sum(0),
+        argmax=whole.argmax,
+    )
+    assert_stats(whole, combined, target, dtype, slack=2)
+    torch.testing.assert_close(
+        torch.cat(grads, 1), logits_grad(x, target, whole.lse, **g, class_weight=weight, **reading)
+    )
+
+
+@pytest.mark.parametrize("start", [0, 20])
+@pytest.mark.parametrize("wrong", [-1, 57, -101, 2**40, -(2**63)])
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_out_of_range_target(index: torch.dtype, wrong: int, start: int) -> None:
+    """Checked against all the classes, not those held here, and before anything is read through it."""
+    if abs(wrong) > 2**31 and index == torch.int32:
+        wrong = 2**31 - 1 if wrong > 0 else -(2**31)
+    x, y = rows(torch.float32)
+    y = y.to(index)
+    lse_and_pick(x, y.where(y != y[5], 56), start=start, classes=57)  # in range, though not here
+    y[5] = wrong
+    with pytest.raises(IndexError, match=rf"target: expected .*\[0, 57\).*got {wrong} \(row 5 of 13\)"):
+        lse_and_pick(x, y, start=start, classes=57)
+
+
+def test_default_number_of_classes_includes_those_before_the_shard() -> None:
+    x, y = rows(torch.float32)
+    assert lse_and_pick(x, y + 20, start=20).picked.equal(lse_and_pick(x, y).picked)
+    with pytest.raises(IndexError, match=r"\[0, 57\)"):
+        lse_and_pick(x, y + 21, start=20)
+
+
+@every_dtype
+def test_int32_targets(dtype: torch.dtype) -> None:
+    x, y = rows(dtype)
+    y[4] = -100
+    narrow, wide = lse_and_pick(x, y.int(), **EVERYTHING), lse_and_pick(x, y, **EVERYTHING)
+    assert all(a is b or a.equal(b) for a, b in zip(narrow, wide, strict=True))
+    g = upstream(len(x))
+    assert logits_grad(x, y.int(), wide.lse, **g).equal(logits_grad(x, y, wide.lse, **g))
+
+
+@pytest.mark.parametrize("target_dtype", oracle.ALL_DTYPES, ids=str)
+@every_dtype
+def test_probabilities_of_any_dtype(dtype: torch.dtype, target_dtype: torch.dtype) -> None:
+    x, q = rows(dtype, soft=True)
+    q = q.to(target_dtype)
+    got = lse_and_pick(x, q, **EVERYTHING)
+    assert_stats(got, truth_for(x, q), q, dtype)
+    g = upstream(len(x))
+    oracle.assert_grad(logits_grad(x, q, got.lse, **g), oracle.gradient(x, q, got.lse, g), slack=2)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_same_bits_twice(soft: bool) -> None:
+    x, target = rows(torch.float32, N=40, C=5000, soft=soft)
+    first, second = (lse_and_pick(x, target, **EVERYTHING) for _ in range(2))
+    assert all(a is b or a.equal(b) for a, b in zip(first, second, strict=True))
+    g = upstream(40)
+    assert logits_grad(x, target, first.lse, **g).equal(logits_grad(x, target, first.lse, **g))

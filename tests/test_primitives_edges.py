@@ -1,0 +1,252 @@
+"""The two primitives where kernels break: strides, storage, infinities, ignored rows, confident targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from oracle import EVERYTHING, Options, assert_stats, every_dtype, rows, truth_for, upstream
+from torch import Tensor
+
+from xent._backends import compute_dtype
+from xent._primitives import logits_grad, lse_and_pick
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "rows far apart": lambda x: x.new_zeros(len(x), 3 * x.shape[1])[:, : x.shape[1]].copy_(x),
+    "storage begins elsewhere": lambda x: x.new_zeros(len(x), x.shape[1] + 1)[:, 1:].copy_(x),
+    "every other class": lambda x: x.new_zeros(len(x), 2 * x.shape[1])[:, ::2].copy_(x),
+    "every other row": lambda x: x.new_zeros(2 * len(x), x.shape[1])[::2].copy_(x),
+    "one row for all": lambda x: x[:1].expand_as(x),
+    "one class for all": lambda x: x[:, :1].expand_as(x),
+}
+ignoring = pytest.mark.parametrize("ignored", [False, True], ids=["all rows count", "some ignored"])
+
+
+@ignoring
+@every_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout: str, dtype: torch.dtype, ignored: bool) -> None:
+    x, y = rows(dtype)
+    x = LAYOUTS[layout](x)
+    assert not x.is_contiguous()
+    keep = torch.arange(len(x)) % 4 > 0 if ignored else torch.ones(len(x), dtype=torch.bool)
+    y = y.where(keep, -100)
+    got = lse_and_pick(x, y, **EVERYTHING)
+    truth = truth_for(x, y)
+    assert_stats(
+        type(got)(*[s if s is None else s[keep] for s in got]), type(truth)(*[s[keep] for s in truth]), y, dtype
+    )
+    g = upstream(len(x))
+    expected = oracle.gradient(x, y, truth.lse, g) * keep[:, None]
+    oracle.assert_grad(logits_grad(x, y, got.lse, **g), expected, y)
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", list(LAYOUTS)[:5])
+def test_probabilities_of_any_strides(layout: str, dtype: torch.dtype) -> None:
+    x, q = rows(dtype, soft=True)
+    view = LAYOUTS[layout](q)
+    plain, strided = lse_and_pick(x, q), lse_and_pick(x, view)
+    torch.testing.assert_close(strided.picked, plain.picked)
+    torch.testing.assert_close(strided.mass, plain.mass)
+    g = upstream(len(x))
+    torch.testing.assert_close(logits_grad(x, view, plain.lse, **g), logits_grad(x, q, plain.lse, **g))
+
+
+def test_index_targets_of_any_strides() -> None:
+    x, y = rows(torch.float32)
+    wide = torch.full((len(y), 2), 10**9)
+    wide[:, 1] = y
+    lse = lse_and_pick(x, y).lse
+    g = upstream(len(x))
+    assert lse_and_pick(x, wide[:, 1]).picked.equal(lse_and_pick(x, y).picked)
+    assert logits_grad(x, wide[:, 1], lse, **g).equal(logits_grad(x, y, lse, **g))
+    same = y[:1].expand_as(y)
+    assert lse_and_pick(x, same).picked.equal(lse_and_pick(x, same.clone()).picked)
+
+
+@ignoring
+@every_dtype
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("reading", [{}, {"scale": 0.5, "softcap": 4.0}], ids=["plain", "scale and softcap"])
+@pytest.mark.parametrize("layout", ["contiguous", "rows far apart"])
+def test_in_place_equals_fresh(layout: str, reading: Options, soft: bool, dtype: torch.dtype, ignored: bool) -> None:
+    """Bit for bit, the target's entry included: its logit is read before the row is overwritten."""
+    x, target = rows(dtype, soft=soft)
+    if ignored and not soft:
+        target[::4] = -100
+    lse, g = lse_and_pick(x, target, **reading).lse, upstream(len(x))
+    fresh = logits_grad(x, target, lse, **g, **reading)
+    own = x.clone() if layout == "contiguous" else LAYOUTS[layout](x)
+    assert logits_grad(own, target, lse, **g, **reading, out=own).data_ptr() == own.data_ptr()
+    assert own.equal(fresh)
+    other = torch.full_like(own, torch.nan)
+    logits_grad(x, target, lse, **g, **reading, out=other)
+    assert other.equal(fresh)
+
+
+@ignoring
+@every_dtype
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_inputs_are_never_written_to(soft: bool, dtype: torch.dtype, ignored: bool) -> None:
+    x, target = rows(dtype, soft=soft)
+    if ignored and not soft:
+        target[::4] = -100
+    weight, g = (
+        torch.rand(x.shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        upstream(len(x)),
+    )
+    lse = truth_for(x, target).lse
+    inputs = [x, target, weight, lse, *g.values()]
+    before = [tensor.clone() for tensor in inputs]
+    lse_and_pick(x, target, class_weight=weight, **EVERYTHING)
+    logits_grad(x, target, lse, **g, class_weight=weight)
+    assert all(new.equal(old) for new, old in zip(inputs, before, strict=True))
+
+
+@every_dtype
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 5, 36])
+def test_ignored_rows_are_not_read(ignore_index: int, poison: float, dtype: torch.dtype) -> None:
+    """An ignore_index in [0, C) drops the rows of that class; the class itself stays in the others' denominator."""
+    x, y = rows(dtype)
+    y = y.where(y != ignore_index, 1)
+    y[[0, 6, -1]] = ignore_index
+    x[[0, 6, -1]] = poison
+    got = lse_and_pick(x, y, ignore_index=ignore_index, **EVERYTHING)
+    grad = logits_grad(x, y, got.lse, **upstream(len(x)), ignore_index=ignore_index)
+    ignored = y == ignore_index
+    for stat in (got.lse, got.picked, got.wsum, got.entropy, grad):
+        assert not stat[ignored].any()
+    assert (got.argmax[ignored] == -1).all()
+    alone = {name: row[~ignored] for name, row in upstream(len(x)).items()}
+    truth = truth_for(x[~ignored], y[~ignored])
+    torch.testing.assert_close(got.lse[~ignored], truth.lse)
+    oracle.assert_grad(grad[~ignored], oracle.gradient(x[~ignored], y[~ignored], truth.lse, alone), y[~ignored])
+    own = x.clone()
+    assert logits_grad(own, y, got.lse, **upstream(len(x)), ignore_index=ignore_index, out=own).equal(grad)
+
+
+@pytest.mark.parametrize("block", [1, 8, 1024, 16384, 32768])
+@pytest.mark.parametrize("end", ["first", "last"])
+@every_dtype
+def test_block_of_minus_infinity(dtype: torch.dtype, end: str, block: int) -> None:
+    """A running maximum that starts at -inf makes exp(-inf - -inf) of it: NaN in four well-known kernels."""
+    x, y = rows(dtype, N=3, C=block + 40)
+    masked = slice(None, block) if end == "first" else slice(-block, None)
+    x[:, masked] = -torch.inf
+    y = torch.tensor([block, block + 39, block + 7]) if end == "first" else torch.tensor([0, 39, 7])
+    got = lse_and_pick(x, y, want_entropy=True, want_argmax=True)
+    assert_stats(got, truth_for(x, y), y, dtype)
+    g = upstream(3, ("g_lse", "g_picked", "g_entropy"))
+    grad = logits_grad(x, y, got.lse, **g)
+    oracle.assert_grad(grad, oracle.gradient(x, y, got.lse, g), y)
+    assert not grad[:, masked].any()
+
+
+@every_dtype
+def test_minus_infinity_at_the_target(dtype: torch.dtype) -> None:
+    x, y = rows(dtype)
+    x[4, y[4]] = -torch.inf
+    got = lse_and_pick(x, y)
+    assert got.picked[4] == -torch.inf
+    g = upstream(len(x), ("g_lse", "g_picked"))
+    oracle.assert_grad(logits_grad(x, y, got.lse, **g), oracle.gradient(x, y, got.lse, g), y)
+
+
+@every_dtype
+def test_rows_that_have_no_finite_lse(dtype: torch.dtype) -> None:
+    """A whole row of -inf has log 0; a +inf or NaN that counts makes NaN; the rows beside them are what they were."""
+    x, y = rows(dtype)
+    clean = lse_and_pick(x, y)
+    x[2], x[5, 1], x[7, -1] = -torch.inf, torch.inf, torch.nan
+    got = lse_and_pick(x, y, **EVERYTHING)
+    assert got.lse[2] == -torch.inf
+    assert got.argmax[2] == 0
+    assert got.lse[[5, 7]].isnan().all()
+    others = [0, 1, 3, 4, 6, *range(8, 13)]
+    assert got.lse[others].equal(clean.lse[others])
+    g = upstream(len(x))
+    grad = logits_grad(x, y, got.lse, **g)
+    assert grad[[5, 7]].isnan().any(1).all()
+    assert grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@every_dtype
+def test_coefficient_of_zero_at_an_infinite_logit(dtype: torch.dtype, weighted: bool) -> None:
+    """0 * inf is 0 here: a class that is masked out and has no probability, or no weight, changes nothing."""
+    x, q = rows(dtype, soft=True)
+    x[:, 3] = -torch.inf
+    weight = torch.ones(37, dtype=compute_dtype(x))
+    (weight if weighted else q.t())[3] = 0
+    got = lse_and_pick(x, q, class_weight=weight, want_wsum=weighted)
+    truth = truth_for(x, q, weight)
+    assert truth.picked.isfinite().all()
+    assert_stats(got, truth, q, dtype)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_common_offset(offset: float) -> None:
+    """float32 holds 1e4 in steps of 0.001, and still the loss is exact to 1e-6: nothing rounds between the logits and
+    the difference of two statistics."""
+    x, y = rows(torch.float32)
+    x = x + offset
+    got, truth = lse_and_pick(x, y, **EVERYTHING), truth_for(x, y)
+    torch.testing.assert_close(got.lse - got.picked, truth.lse - truth.picked, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(37 * got.lse - got.wsum, 37 * truth.lse - truth.wsum, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.entropy, truth.entropy, rtol=1e-6, atol=1e-6)
+    g = upstream(len(x))
+    oracle.assert_grad(logits_grad(x, y, got.lse, **g), oracle.gradient(x, y, truth.lse, g), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_huge_finite_logits(dtype: torch.dtype) -> None:
+    x = torch.tensor([[1e30, 0, -1e30], [1e30, 1e30, -1e30], [-1e30, -1e30, -1e30]], dtype=dtype)
+    y = torch.tensor([0, 1, 2])
+    got = lse_and_pick(x, y, want_entropy=True, want_argmax=True)
+    ones = torch.ones(3, dtype=torch.float64)
+    expected = torch.tensor([0, 0, 0], dtype=torch.float64)  # beside 1e30, log 2 and log 3 have no digits
+    torch.testing.assert_close(got.lse - got.picked, expected)
+    torch.testing.assert_close(got.entropy, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log())
+    assert got.argmax.tolist() == [0, 0, 0]
+    assert logits_grad(x, y, got.lse, ones, -ones)[0].tolist() == [0, 0, 0]
+
+
+@every_dtype
+@pytest.mark.parametrize("in_place", [False, True])
+def test_confident_target_keeps_its_bits(dtype: torch.dtype, in_place: bool) -> None:
+    """p = 0.99988 rounds to 1 in half precision, and p - 1 would be 0: the difference is taken before the rounding."""
+    x = torch.zeros(4, 8, dtype=dtype)
+    y = torch.tensor([0, 3, 6, 7])
+    x[torch.arange(4), y] = 11
+    lse, ones = truth_for(x, y).lse, torch.ones(4).double()
+    truth = oracle.gradient(x, y, lse, {"g_lse": ones, "g_picked": -ones})
+    at_target = truth.gather(1, y[:, None])
+    assert (at_target.abs() < torch.finfo(torch.float16).eps / 2).all(), "or there is nothing to see"
+    got = logits_grad(x, y, lse, ones, -ones, out=x if in_place else None).gather(1, y[:, None])
+    relative = (got.double() / at_target - 1).abs().max()
+    assert relative < max(1e-3, torch.finfo(dtype).eps)  # of p - 1, though p itself is in float32
+
+
+@every_dtype
+def test_lowest_of_equal_scores(dtype: torch.dtype) -> None:
+    x = torch.zeros(4, 5000, dtype=dtype)
+    x[1, [17, 18, 4999]] = x[2, [4998, 4999]] = x[3, [0, 2500]] = 2
+    got = lse_and_pick(x, torch.zeros(4, dtype=torch.int64), want_argmax=True)
+    assert got.argmax.tolist() == [0, 17, 4998, 0]
+
+
+@every_dtype
+def test_a_target_in_another_shard_has_no_entry_here(dtype: torch.dtype) -> None:
+    x, y = rows(dtype)
+    zero, ones = torch.zeros(len(x)).double(), torch.ones(len(x)).double()
+    for start in (-37, 37, 1000):
+        assert not logits_grad(x, y, zero, zero, ones, start=start).any()
+    assert not lse_and_pick(x, y, start=37, classes=100).picked.any()
