@@ -1,0 +1,175 @@
+"""What the documents say is true: examples run, commands agree, the flow of imports is held, nothing is left out."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import xent
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "xent"
+README = ROOT / "README.md"
+COMMANDS = (
+    "pip install -e '.[bench]' && python benchmarks/train.py --quick",
+    "pip install -e '.[test]' && python -m pytest",
+)
+# Backends that a machine may lack are in test_backends.py.
+MODULES = sorted({"xent", *(m.name for m in pkgutil.iter_modules([str(PACKAGE)], "xent.")), "xent._backends.eager"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name: str) -> None:
+    """Every public function and class has an example, and it runs."""
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+    if name in ("xent.functional", "xent.modules"):
+        assert result.attempted >= 5
+
+
+def readme_blocks() -> list[str]:
+    """The Python blocks of the README, in order; each is run by one of the next two tests."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_readme_before_and_after() -> None:
+    """Its first block, within the first ten lines, is two lines of code that give the same number."""
+    assert "```python" in README.read_text(encoding="utf-8").split("\n\n")[1]
+    torch.manual_seed(0)
+    names = {"F": F, "xent": xent, "logits": torch.randn(2, 3, 5), "targets": torch.randint(5, (2, 3))}
+    losses = []
+    for line in readme_blocks()[0].strip().splitlines():
+        exec(line, names)
+        losses.append(names["loss"])
+    assert len(losses) == 2
+    torch.testing.assert_close(*losses)
+
+
+def test_readme_examples() -> None:
+    """All other blocks are examples with their output, in one session."""
+    names: dict[str, object] = {}
+    runner = doctest.DocTestRunner()
+    for number, block in enumerate(readme_blocks()[1:], 2):
+        assert ">>>" in block, f"block {number} would not be run"
+        test = doctest.DocTestParser().get_doctest(block, names, f"README block {number}", str(README), 0)
+        runner.run(test, clear_globs=False)
+        names = test.globs
+    assert runner.tries >= 5
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("file", ["README.md", ".ci/run"])
+def test_readme_and_ci_hold_the_same_commands(file: str, command: str) -> None:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    assert command in [line.strip() for line in lines]
+    here = [line.strip() for line in lines if line.strip().startswith("pip install")]
+    assert set(here) <= {*COMMANDS, "pip install -e '.[dev]'"}, "a third way to set up"
+
+
+# The flow
+
+FLOW = [  # a file imports only from rows below its own
+    {"__main__"},
+    {"__init__"},
+    {"modules"},
+    {"functional"},
+    {"_layout"},
+    {"_objective"},
+    {"_autograd", "_linear", "_parallel"},
+    {"_derivatives"},
+    {"_primitives"},
+    {"_backends"},
+]
+RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imported(file: str) -> set[str]:
+    """The modules of the package that a file imports: "." is the package itself, or the package of backends."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] == "xent" for alias in node.names), "imports here are relative"
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] != "xent", "imports here are relative"
+            if node.level:
+                head = (node.module or "").split(".")[0]
+                found |= {"." * node.level + (head or alias.name) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
+def test_imports_go_down(file: str) -> None:
+    own = RANK[file.removesuffix(".py")]
+    for name in imported(file):
+        assert RANK.get(name.removeprefix("."), RANK["__init__"]) > own, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "/" in file])
+def test_backends_import_only_what_they_share(file: str) -> None:
+    shared = vars(importlib.import_module("xent._backends"))
+    names = imported(file)
+    assert all(not name.startswith("..") for name in names)
+    assert {name.removeprefix(".") for name in names} <= set(shared)
+    assert not names & {".eager", ".native", ".triton"}
+    assert file != "_backends/__init__.py" or not names
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_is_a_few_pages(file: str) -> None:
+    text = (PACKAGE / file).read_text(encoding="utf-8")
+    assert text.count("\n") <= 320
+    assert ast.get_docstring(ast.parse(text)), "it begins with what it is"
+
+
+# Public names
+
+
+def test_public_names() -> None:
+    assert set(xent.__all__) == {"CrossEntropyLoss", "TokenStats", "__version__", "cross_entropy", "token_stats"}
+    public = {name for name, value in vars(xent).items() if not (name.startswith("_") or inspect.ismodule(value))}
+    assert public == set(xent.__all__) - {"__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", xent.__version__)
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"),
+    [
+        ("its formula", r":math:|\.\. math::"),
+        ("arguments", r"Args:\n"),
+        ("shapes", r"`\(N, C\)`"),
+        ("the unit", r"\bnats\b"),
+        ("exceptions", r"Raises:\n +TypeError"),
+        ("an example", r"Example:\n(.|\n)+>>> "),
+        ("its source, with the year", r"Source:\n(.|\n)+(19|20)\d\d"),
+    ],
+    ids=lambda value: value if " " in value else "",
+)
+@pytest.mark.parametrize("name", ["cross_entropy", "token_stats", "CrossEntropyLoss"])
+def test_docstrings_have(name: str, what: str, pattern: str) -> None:
+    assert re.search(pattern, getattr(xent, name).__doc__), what
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "token_stats", "CrossEntropyLoss"])
+def test_docstrings_name_every_argument(name: str) -> None:
+    function = getattr(xent, name)
+    code = function.__init__ if isinstance(function, type) else function
+    for argument in code.__annotations__.keys() - {"return"}:
+        assert re.search(rf"^ +(\w+, )*{argument}(,|:)", function.__doc__, re.MULTILINE), argument
+
+
+def test_token_stats_fields_are_documented() -> None:
+    assert xent.TokenStats.__doc__
+    assert "nats" in xent.TokenStats.__doc__
+    for field in xent.TokenStats._fields:
+        assert field in (xent.token_stats.__doc__ or "")
