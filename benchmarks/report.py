@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -65,20 +66,25 @@ def _number(value: float | None, form: str) -> str:
 def table(rows: Sequence[Row]) -> Table:
     """One case in one dtype: a line for each contender and number of threads that was timed."""
     first = rows[0]
-    result = Table(title=f"{first.section} {first.case} {first.dtype} on {first.device}", title_justify="left")
-    result.add_column("forward + backward")
     scaled = len({row.threads for row in rows}) > 1
-    heads = ["threads", "ms", "ratio", "GB/s", "memory / logits", "error"] + ["speed-up"] * scaled
-    for head in heads:
-        result.add_column(head, justify="right")
+    title = f"{first.section} {first.case} {first.dtype} on {first.device}"
+    result = Table(
+        title=title if scaled else f"{title}, {first.threads} threads",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    result.add_column("forward + backward")
+    for head in ["ms", "ratio", "GB/s", "memory", "error"] + ["threads", "speed-up"] * scaled:
+        result.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         if row.status != "ok":
             continue
-        cells = [str(row.threads), _number(row.ms, ".4g"), _number(row.ratio, ".2f"), _number(row.gb_per_s, ".1f")]
+        cells = [_number(row.ms, ".4g"), _number(row.ratio, ".2f"), _number(row.gb_per_s, ".1f")]
         cells += [_number(row.memory, ".2f"), _number(row.error, ".0e")]
         if scaled:
             one = next(r for r in rows if r.contender == row.contender)  # with the first number of threads
-            cells.append(f"{one.ms / row.ms:.2f}" if one.ms and row.ms else "")
+            cells += [str(row.threads), f"{one.ms / row.ms:.2f}" if one.ms and row.ms else ""]
         result.add_row(row.contender, *cells, style="bold" if row.contender.startswith("xent") else None)
     return result
 
@@ -86,8 +92,12 @@ def table(rows: Sequence[Row]) -> Table:
 def show(console: Console, rows: Sequence[Row]) -> None:
     """The table, and below it what is not in it and why."""
     console.print(table(rows))
-    for contender, note in dict.fromkeys((row.contender, f"{row.status}: {row.note}") for row in rows if row.note):
-        console.print(f"  {contender}: {note}", style="dim", markup=False)
+    notes: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.note:
+            notes.setdefault(f"{row.status}: {row.note}", {})[row.contender] = None  # a set that keeps the order
+    for note, contenders in notes.items():
+        console.print(f"  {'; '.join(contenders)}: {note}", style="dim", markup=False, soft_wrap=True)
 
 
 def save(path: Path, rows: Sequence[Row], options: dict[str, Any]) -> None:

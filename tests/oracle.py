@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1.01 * 2
 ALL_DTYPES = tuple(TOLERANCE)
 every_dtype = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 
-EVERYTHING = {"want_wsum": True, "want_entropy": True, "want_argmax": True}  # of `lse_and_pick`
+EVERYTHING: Options = {"want_wsum": True, "want_entropy": True, "want_argmax": True}  # of `lse_and_pick`
 UPSTREAM = ("g_lse", "g_picked", "g_wsum", "g_entropy")  # of `logits_grad`
 
 
@@ -225,7 +225,7 @@ def truth_for(x: Tensor, target: Tensor, weight: Tensor | None = None, **reading
     return statistics(z, target, weight, reading.get("start", 0))
 
 
-def upstream(N: int, names: tuple[str, ...] = UPSTREAM) -> dict[str, Tensor]:
+def upstream(N: int, names: tuple[str, ...] = UPSTREAM) -> dict[str, Any]:
     """One random number per row and statistic."""
     generator = torch.Generator().manual_seed(2)
     return {name: torch.randn(N, generator=generator, dtype=torch.float64) for name in names}
@@ -241,9 +241,7 @@ def assert_stats(got: Any, truth: Truth, target: Tensor, dtype: torch.dtype, sla
             assert name in ("wsum", "entropy") or (name == "mass" and not soft)
             continue
         assert value.dtype == torch.float64, name
-        torch.testing.assert_close(
-            value, getattr(truth, name), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m
-        )
+        torch.testing.assert_close(value, getattr(truth, name), rtol=tolerance, atol=tolerance)
     if got.argmax is not None:
         assert got.argmax.dtype == torch.int64
         assert got.argmax.equal(truth.argmax)

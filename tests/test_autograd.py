@@ -162,6 +162,17 @@ def test_inplace_backward_through_a_model() -> None:
     assert all(a.equal(b) for a, b in zip(*grads, strict=True))
 
 
+def test_inplace_backward_beside_probabilities_that_learn() -> None:
+    """Their gradient needs the logits, and is taken before these are overwritten."""
+    x, _ = batch(6, 5)
+    grads = []
+    for inplace in (False, True):
+        q = torch.linspace(0.1, 1, 30).view(6, 5).requires_grad_()
+        loss = xent.cross_entropy(x.clone(), q, label_smoothing=0.1, inplace_backward=inplace)
+        grads.append(torch.autograd.grad(loss, [x, q]))
+    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("twice", ["the loss", "an older user of the logits", "a newer user of the logits"])
 def test_logits_are_gone_after_backward_in_place(twice: str) -> None:
     """A second use of them raises autograd's own error, as after any operation in place."""

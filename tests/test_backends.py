@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xent
 from xent import _primitives
+from xent._backends import check_range
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -186,7 +187,7 @@ def test_the_assertion_on_the_device(wrong: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, OnDevice():
         patch.setattr(torch.compiler, "is_compiling", lambda: True)  # takes the way of a device
-        _primitives.check_range(y, 5, -100)
-        _primitives.check_range(y.clamp(0, 4), 5, -100)
+        check_range(y, 5, -100)
+        check_range(y.clamp(0, 4), 5, -100)
     assert [ok for ok, _ in flagged] == [False, True]
     assert flagged[0][1].startswith("target: expected class indices in [0, 5)")

@@ -179,6 +179,12 @@ def test_different_devices_raise(stray: str, reduction: str) -> None:
         xent.cross_entropy(**tensors, reduction=reduction)
 
 
+def test_normalizer_on_another_device_raises() -> None:
+    """Here, a product of CPU and meta tensors would be the loss."""
+    with pytest.raises(RuntimeError, match=r"normalizer: expected .*meta"):
+        xent.cross_entropy(*batch(), normalizer=torch.tensor(4.0, device="meta"))
+
+
 def test_all_on_meta() -> None:
     """Shapes and dtypes without numbers, as for any torch function."""
     x, y = (tensor.to("meta") for tensor in batch())

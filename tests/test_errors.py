@@ -79,6 +79,12 @@ OPTIONS = [
         "normalizer: expected a number or a 0-d tensor, got shape (4,)",
         normalizer=torch.ones(4),
     ),
+    case(
+        "normalizer complex",
+        TypeError,
+        "normalizer: expected a real number, got torch.complex64",
+        normalizer=torch.tensor(2j),
+    ),
 ]
 
 # What depends on the tensors: the usual call has input (4, 5) and target (4).
