@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _primitives
+from . import _ops, _primitives
 from ._backends import Reading, Stats, scores, split
-from ._derivatives import logits_grad_vjp
+from ._derivatives import Gradient, Rows, gradient_jvp, gradient_vjp, stats_jvp
 
 
 class Wanted(NamedTuple):
@@ -44,22 +44,61 @@ class Wanted(NamedTuple):
     inplace: bool = False
 
 
-def row_stats(logits: Tensor, target: Tensor, class_weight: Tensor | None, reading: Reading, wanted: Wanted) -> Stats:
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    reading: Reading,
+    wanted: Wanted,
+) -> Stats:
     """Differentiable `Stats` of the rows (N, C)."""
-    found = iter(apply(RowStats, logits, target, class_weight, reading, wanted))
-    asked = (True, True, target.is_floating_point(), wanted.wsum, wanted.entropy, wanted.argmax)
+    found = iter(apply(RowStats, RowStatsForwardMode, logits, target, class_weight, reading, wanted))
+    asked = (
+        True,
+        True,
+        target.is_floating_point(),
+        wanted.wsum,
+        wanted.entropy,
+        wanted.argmax,
+    )
     return Stats(*[next(found) if yes else None for yes in asked])  # type: ignore[arg-type]
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply`, without the part of it that is half the cost of a small loss.
+def apply(function: type[torch.autograd.Function], with_jvp: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`, by way of whoever looks on. `with_jvp` is the subclass that knows forward mode.
 
-    torch binds the arguments to the signature of `forward` by inspection, to fill in defaults. There are none here.
+    Where nobody looks on, half the cost of a small loss is saved: torch binds the arguments to the signature of
+    `forward` by inspection, to fill in defaults that there are none of here.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp
         return function.apply(*args)  # type: ignore[no-untyped-call]
+    if torch._C._are_functorch_transforms_active():
+        levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+        if levels.count(torch._C._functorch.TransformType.Jvp) > 1:
+            raise NotImplementedError(
+                "forward mode over forward mode: torch gives a custom Function zero tangents there; "
+                "take one of the two derivatives in reverse mode, as torch.func.hessian does"
+            )
+        return with_jvp.apply(*args)  # type: ignore[no-untyped-call]
     args = torch._functorch.utils.unwrap_dead_wrappers(args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return super(torch.autograd.Function, with_jvp).apply(*args)  # type: ignore[misc]
+
+
+def fold(batch: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Under vmap the mapped dimension becomes part of the rows, (N, ...) -> (batch * N, ...): one call for it all."""
+    folded: list[Tensor | None] = []
+    for dim, tensor in zip(in_dims, tensors, strict=True):
+        if tensor is not None:
+            tensor = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            tensor = tensor.flatten(0, 1)
+        folded.append(tensor)
+    return folded
+
+
+def refuse_mapped_weight(dim: int | None) -> None:
+    """All rows of a call share the class weights, so they cannot differ along the mapped dimension."""
+    if dim is not None:
+        raise NotImplementedError("weight: cannot be mapped by vmap, since all rows share it; map in a loop")
 
 
 class RowStats(torch.autograd.Function):
@@ -67,9 +106,14 @@ class RowStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, class_weight: Tensor | None, reading: Reading, wanted: Wanted
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        reading: Reading,
+        wanted: Wanted,
     ) -> tuple[Tensor, ...]:
-        stats = _primitives.lse_and_pick(
+        primitives = _ops if _ops.observed(logits) else _primitives
+        stats = primitives.lse_and_pick(
             logits,
             target,
             start=reading.start,
@@ -92,6 +136,7 @@ class RowStats(torch.autograd.Function):
             ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)  # a statistic that nobody uses costs nothing in backward
         ctx.save_for_backward(logits, target, class_weight, output[0], entropy)
+        ctx.save_for_forward(logits, target, class_weight, output[0], entropy)
 
     @staticmethod
     def backward(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
@@ -116,6 +161,7 @@ class RowStats(torch.autograd.Function):
                 )
             d_logits = apply(
                 RowGrad,
+                RowGradForwardMode,
                 logits,
                 target,
                 lse,
@@ -128,6 +174,25 @@ class RowStats(torch.autograd.Function):
                 ctx.wanted.inplace,
             )
         return d_logits, d_target, d_weight, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        refuse_mapped_weight(in_dims[2])
+        logits, target = fold(info.batch_size, in_dims[:2], args[:2])
+        found = apply(RowStats, RowStatsForwardMode, logits, target, *args[2:])
+        return tuple(stat.view(info.batch_size, -1) for stat in found), (0,) * len(found)
+
+
+class RowStatsForwardMode(RowStats):
+    """`RowStats` with a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dq: Tensor | None, dw: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        logits, target, class_weight, lse, entropy = ctx.saved_tensors
+        tangents = stats_jvp(Rows(logits, target, lse, class_weight, ctx.reading), dx, dq, dw, entropy)
+        if not ctx.wanted.wsum:
+            tangents = tangents._replace(wsum=None)
+        return *[tangent for tangent in tangents if tangent is not None], *[None] * ctx.wanted.argmax
 
 
 def _coefficient_grads(
@@ -169,7 +234,8 @@ class RowGrad(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         out = logits.detach() if inplace else None
-        d_logits = _primitives.logits_grad(
+        primitives = _ops if _ops.observed(logits) else _primitives
+        d_logits: Tensor = primitives.logits_grad(
             logits,
             target,
             lse,
@@ -190,11 +256,32 @@ class RowGrad(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.reading, ctx.inplace = inputs
-        if not ctx.inplace:
+        *tensors, ctx.reading, inplace = inputs
+        if not inplace:  # then nothing is left to derive from; RowStats has refused to be asked
             ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        grads = logits_grad_vjp(v, ctx.reading, *ctx.saved_tensors)
-        return *grads, None, None
+        return *gradient_vjp(*_linearise(ctx), v), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        refuse_mapped_weight(in_dims[7])
+        rows = fold(info.batch_size, in_dims[:7], args[:7])
+        found: Tensor = apply(RowGrad, RowGradForwardMode, *rows, *args[7:])
+        return found.view(info.batch_size, -1, found.shape[1]), 0
+
+
+class RowGradForwardMode(RowGrad):
+    """`RowGrad` with a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return gradient_jvp(*_linearise(ctx), tangents[:8])
+
+
+def _linearise(ctx: Any) -> tuple[Rows, Gradient]:
+    logits, target, lse, g_lse, g_picked, g_wsum, g_entropy, class_weight = ctx.saved_tensors
+    rows = Rows(logits, target, lse, class_weight, ctx.reading)
+    return rows, Gradient(rows, g_lse, g_picked, g_wsum, g_entropy)

@@ -1,6 +1,10 @@
-"""The derivative of the gradient: what double backward needs, in plain differentiable torch.
+"""Derivatives beyond the first backward, in plain differentiable torch: forward mode, and that of the gradient.
 
-`_primitives.logits_grad` gives, for each logit z = z(x) of a row with log p = z - lse,
+Forward mode. With u_c = dz_c/dx_c * (tangent of x_c), the tangents of the statistics of a row are
+
+    lse: sum_c p_c u_c        picked: u_y        wsum: sum_c w_c u_c        entropy: -sum_c p_c (log p_c + entropy) u_c
+
+The gradient. `_primitives.logits_grad` gives, for each logit z = z(x) of a row with log p = z - lse,
 
     dx = z' S      with      S = p (g_lse - g_entropy log p)  +  g_picked t  +  g_wsum w
 
@@ -17,77 +21,171 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import Reading, compute_dtype, scores, slope, split
+from ._backends import Reading, Stats, compute_dtype, scores, slope, split
+
+Maybe = Tensor | None
 
 
-def logits_grad_vjp(
-    v: Tensor,
-    reading: Reading,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    g_lse: Tensor,
-    g_picked: Tensor,
-    g_wsum: Tensor | None,
-    g_entropy: Tensor | None,
-    class_weight: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """d sum(v * dx) with respect to each of the arguments after `reading`, in their order."""
-    dtype, soft = compute_dtype(logits), target.is_floating_point()
-    w: Any = 1.0 if class_weight is None else class_weight
+class Rows:
+    """What each derivative needs of the rows: z, z', log p, p, and the target as a linear map over the classes."""
 
-    def column(row_numbers: Tensor) -> Tensor:
-        return row_numbers.to(dtype)[:, None]
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        lse: Tensor,
+        class_weight: Maybe,
+        reading: Reading,
+    ) -> None:
+        """Ignored rows get harmless logits, whatever they hold: nothing of them may reach a result."""
+        self.logits, self.reading = logits, reading
+        self.dtype, self.sum_dtype = compute_dtype(logits), lse.dtype
+        self.w: Any = 1.0 if class_weight is None else class_weight
+        self.z = scores(logits, reading.scale, reading.softcap)
+        self.q: Maybe = target if target.is_floating_point() else None
+        self.counts: Maybe = None
+        if self.q is None:
+            self.counts = (target != reading.ignore_index)[:, None]
+            local = (target.long() - reading.start)[:, None]
+            self.here = (local >= 0) & (local < logits.shape[1]) & self.counts
+            self.y = local.clamp(0, logits.shape[1] - 1)
+        self.z = self.mask(self.z)
+        self.z1 = slope(self.z, reading.scale, reading.softcap)
+        high, low = split(lse, self.dtype)
+        self.log_p = ((self.z - high).sub(low)).clamp(min=-1e4)  # p log p is 0 where p is 0
+        self.p = self.log_p.exp()
 
-    def row_sum(terms: Tensor) -> Tensor:
-        return terms.sum(1, dtype=lse.dtype)
+    def mask(self, terms: Tensor) -> Tensor:
+        """terms (N, C) with the rows that do not count set to 0."""
+        return terms if self.counts is None else torch.where(self.counts, terms, 0)
 
-    z, v = scores(logits, reading.scale, reading.softcap), v.to(dtype)
-    if not soft:  # an ignored row has no derivative, whatever it holds
-        counts = (target != reading.ignore_index)[:, None]
-        z, v = torch.where(counts, z, 0), torch.where(counts, v, 0)
-    z1 = slope(z, reading.scale, reading.softcap)
-    u = v * z1
-    high, low = split(lse, dtype)
-    log_p = (z - high).sub(low)
-    p = log_p.exp()
-    if g_entropy is None:
-        S, e = p * column(g_lse), p * column(g_lse)
-    else:
-        log_p = log_p.clamp(min=-1e4)  # p log p is 0 where p is 0
-        S = p * (column(g_lse) - column(g_entropy) * log_p)
-        e = S - p * column(g_entropy)
-    d_g_entropy = None if g_entropy is None else -row_sum(u * p * log_p)
+    def column(self, row_numbers: Tensor) -> Tensor:
+        """(N,) -> (N, 1) in the dtype of single logits."""
+        return row_numbers.to(self.dtype)[:, None]
 
-    d_target = d_weight = d_g_wsum = None
-    if soft:
-        d_g_picked = row_sum(u * target * w)
-        d_target = (u * column(g_picked) * w).to(target.dtype)
-        d_weight = None if class_weight is None else (u * column(g_picked) * target).sum(0)
-        S = S + column(g_picked) * target * w
-    else:
-        y = (target.long() - reading.start)[:, None]
-        here = (y >= 0) & (y < logits.shape[1])
-        y = y.clamp(0, logits.shape[1] - 1)
-        d_g_picked = row_sum(torch.where(here, u.gather(1, y), 0))
-        S = S.scatter_add(1, y, torch.where(here, column(g_picked), 0))
-    if g_wsum is not None:
-        d_g_wsum = row_sum(u * w)
-        S = S + column(g_wsum) * w
-        if class_weight is not None:
-            d_wsum_weight = (u * column(g_wsum)).sum(0)
-            d_weight = d_wsum_weight if d_weight is None else d_weight + d_wsum_weight
+    def sum(self, terms: Tensor) -> Tensor:
+        """(N, C) -> (N,) in the dtype of statistics."""
+        return terms.sum(1, dtype=self.sum_dtype)
 
-    d_logits = u * e * z1
-    if reading.softcap is not None:  # z' depends on x too: z'' = -2 s z z' / softcap^2
-        d_logits = d_logits - 2 * reading.scale / reading.softcap**2 * z * u * S
+    def pick(self, terms: Tensor) -> Tensor:
+        """sum_c t_c terms_c."""
+        if self.q is not None:
+            return self.sum(self.q * self.w * terms)
+        return torch.where(self.here, terms.gather(1, self.y), 0)[:, 0].to(self.sum_dtype)
+
+    def place(self, terms: Tensor, row_numbers: Tensor) -> Tensor:
+        """terms_c + row_number * t_c."""
+        if self.q is not None:
+            placed: Tensor = terms + self.column(row_numbers) * self.q * self.w
+            return placed
+        return terms.scatter_add(1, self.y, torch.where(self.here, self.column(row_numbers), 0))
+
+
+def stats_jvp(rows: Rows, dx: Maybe, dq: Maybe, dw: Maybe, entropy: Maybe) -> Stats:
+    """The tangents of all statistics, from those of the logits, the probabilities and the class weights."""
+    u = torch.zeros_like(rows.z) if dx is None else rows.mask(dx.to(rows.dtype) * rows.z1)
+    lse, picked, mass = rows.sum(rows.p * u), rows.pick(u), None
+    wsum = rows.sum(u * rows.w)
+    if rows.q is not None:
+        dt = torch.zeros_like(rows.z)  # the tangent of t = q w
+        dt = dt if dq is None else dt + dq * rows.w
+        dt = dt if dw is None else dt + rows.q * dw
+        picked, mass = picked + rows.sum(dt * rows.z), rows.sum(dt)
+    if dw is not None:
+        wsum = wsum + rows.sum(dw * rows.z)
+    if entropy is not None:
+        entropy = -rows.sum(rows.p * (rows.log_p + rows.column(entropy)) * u)
+    return Stats(lse, picked, mass, wsum, entropy, None)
+
+
+class Gradient:
+    """S and e, of which every derivative of the gradient is made, from the upstream numbers of the rows."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        g_lse: Tensor,
+        g_picked: Tensor,
+        g_wsum: Maybe,
+        g_entropy: Maybe,
+    ) -> None:
+        """Any of the g may carry a graph or a tangent of its own."""
+        self.rows, self.g_picked, self.g_wsum, self.g_entropy = (
+            rows,
+            g_picked,
+            g_wsum,
+            g_entropy,
+        )
+        self.e = self.smooth = rows.p * rows.column(g_lse)  # the part of S that is not linear in z
+        if g_entropy is not None:
+            self.smooth = self.smooth - rows.column(g_entropy) * rows.p * rows.log_p
+            self.e = self.smooth - rows.column(g_entropy) * rows.p
+
+    def curvature(self) -> Maybe:
+        """S dz'/dx, with dz'/dx = -2 s z z' / softcap^2; None where z is linear in x."""
+        if self.rows.reading.softcap is None:
+            return None
+        S = self.rows.place(self.smooth, self.g_picked)
+        if self.g_wsum is not None:
+            S = S + self.rows.column(self.g_wsum) * self.rows.w
+        return S * self.rows.z * self.rows.z1 * (-2 * self.rows.reading.scale / self.rows.reading.softcap**2)
+
+
+def gradient_vjp(rows: Rows, gradient: Gradient, v: Tensor) -> tuple[Maybe, ...]:
+    """d sum(v * dx): with respect to logits, target, lse, g_lse, g_picked, g_wsum, g_entropy and class_weight."""
+    v = rows.mask(v.to(rows.dtype))
+    u = v * rows.z1
+    ue = u * gradient.e
+    curvature = gradient.curvature()
+    d_logits = ue * rows.z1 if curvature is None else ue * rows.z1 + v * curvature
+    d_target = d_weight = d_g_wsum = d_g_entropy = None
+    if rows.q is not None:
+        ug = u * rows.column(gradient.g_picked)
+        d_target, d_weight = (ug * rows.w).to(rows.q.dtype), (ug * rows.q).sum(0)
+    if gradient.g_wsum is not None:
+        d_g_wsum = rows.sum(u * rows.w)
+        more = (u * rows.column(gradient.g_wsum)).sum(0)
+        d_weight = more if d_weight is None else d_weight + more
+    if gradient.g_entropy is not None:
+        d_g_entropy = -rows.sum(u * rows.p * rows.log_p)
+    if not isinstance(rows.w, Tensor):
+        d_weight = None
+    d_g_lse, d_g_picked = rows.sum(u * rows.p), rows.pick(u)
     return (
-        d_logits.to(logits.dtype),
+        d_logits.to(rows.logits.dtype),
         d_target,
-        -row_sum(u * e),
-        row_sum(u * p),
+        -rows.sum(ue),
+        d_g_lse,
         d_g_picked,
         d_g_wsum,
         d_g_entropy,
         d_weight,
     )
+
+
+def gradient_jvp(rows: Rows, gradient: Gradient, tangents: tuple[Maybe, ...]) -> Tensor:
+    """The tangent of dx from those of the arguments, in the order of `gradient_vjp`'s results."""
+    dx, dq, d_lse, d_g_lse, d_g_picked, d_g_wsum, d_g_entropy, dw = tangents
+    dS = torch.zeros_like(rows.z)
+    if dx is not None:
+        dS = dS + gradient.e * rows.z1 * dx.to(rows.dtype)
+    if d_lse is not None:
+        dS = dS - gradient.e * rows.column(d_lse)
+    if d_g_lse is not None:
+        dS = dS + rows.p * rows.column(d_g_lse)
+    if d_g_entropy is not None:
+        dS = dS - rows.p * rows.log_p * rows.column(d_g_entropy)
+    if d_g_picked is not None:
+        dS = rows.place(dS, d_g_picked)
+    if rows.q is not None and dq is not None:
+        dS = dS + rows.column(gradient.g_picked) * dq * rows.w
+    if rows.q is not None and dw is not None:
+        dS = dS + rows.column(gradient.g_picked) * rows.q * dw
+    if d_g_wsum is not None:
+        dS = dS + rows.column(d_g_wsum) * rows.w
+    if gradient.g_wsum is not None and dw is not None:
+        dS = dS + rows.column(gradient.g_wsum) * dw
+    result, curvature = dS * rows.z1, gradient.curvature()
+    if curvature is not None and dx is not None:
+        result = result + curvature * dx.to(rows.dtype)
+    return rows.mask(result).to(rows.logits.dtype)
