@@ -5,7 +5,9 @@ so that the gradient is really written. Two more rows are no losses but limits: 
 
 Bytes. Forward must read the logits once; backward must read them again and write the gradient: 3 bytes for a byte
 of logits. Of an ignored row only the zeros of the gradient are needed: 1. `logits.clone()` and `copy_` read once
-and write once: 2. GB/s is this count over the time for everybody, whatever a contender really moves.
+and write once: 2. GB/s is this count over the time for everybody, whatever a contender really moves. On CPU the
+first write to new memory costs page faults, often more than the copy itself: `logits.clone()` has them and `copy_`
+into old memory has not. (Below 32 MiB glibc hands out old memory again, and nobody has them.)
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Case:
         """Raises ValueError for text of any other form."""
         size, _, ignored = text.partition(":")
         case = cls(tuple(int(n) for n in size.split("x")), float(ignored or 0))
-        if len(case.shape) < 2 or min(case.shape) < 1 or not 0 <= case.ignored < 1:
+        if len(case.shape) < 2 or min(case.shape) < 1 or case.shape[-1] < 2 or not 0 <= case.ignored < 1:
             raise ValueError(text)
         return case
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -50,7 +51,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "cpu": cpu,
         "simd": torch.backends.cpu.get_cpu_capability(),
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -69,7 +70,7 @@ def table(rows: Sequence[Row]) -> Table:
     scaled = len({row.threads for row in rows}) > 1
     title = f"{first.section} {first.case} {first.dtype} on {first.device}"
     result = Table(
-        title=title if scaled else f"{title}, {first.threads} threads",
+        title=title if scaled else f"{title}, threads: {first.threads}",
         title_justify="left",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
@@ -125,7 +126,7 @@ def chart(path: Path, rows: Sequence[Row]) -> None:
     panels: dict[str, list[Row]] = {}
     for row in rows:
         if row.ratio is not None:
-            title = f"{row.section} {row.case} {row.dtype} on {row.device}, {row.threads} threads"
+            title = f"{row.section} {row.case} {row.dtype} on {row.device}, threads: {row.threads}"
             panels.setdefault(title, []).append(row)
     plt = figure_style()
     counts = [len(panel) for panel in panels.values()] or [1]

@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = sum(weight.numel() for weight in learners[0].model.parameters())
     with Stop() as stop:
         console.print(f"{text.name}: {text.length:,} characters, {len(text.symbols)} symbols", soft_wrap=True)
-        console.print(f"GPT: {size:,} parameters, {options.dtype}, {options.device}, {options.threads} threads")
+        console.print(f"GPT: {size:,} parameters, {options.dtype}, {options.device}, threads: {options.threads}")
         train(learners, text, options, console, stop)
         console.print(summary(learners, text, options))
         code = verdict(learners, options.tolerance, console) if options.compare else 0

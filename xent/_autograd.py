@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import _ops, _primitives
 from ._backends import Reading, Stats, scores, split
-from ._derivatives import Gradient, Rows, gradient_jvp, gradient_vjp, stats_jvp
+from ._derivatives import Rows, gradient_jvp, gradient_vjp, gradient_vjp_by_blocks, linearise, stats_jvp
 
 
 class Wanted(NamedTuple):
@@ -140,6 +140,8 @@ class RowStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
+        if all(g is None for g in (g_lse, g_picked, *more)):
+            return (None,) * 5
         logits, target, class_weight, lse, entropy = ctx.saved_tensors
         others = iter(more)
         g_mass = next(others) if target.is_floating_point() else None
@@ -263,7 +265,10 @@ class RowGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        return *gradient_vjp(*_linearise(ctx), v), None, None
+        tensors, again = ctx.saved_tensors, torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if again:
+            return *gradient_vjp(*linearise(tensors, ctx.reading), v), None, None
+        return *gradient_vjp_by_blocks(tensors, ctx.reading, v), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -278,10 +283,4 @@ class RowGradForwardMode(RowGrad):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return gradient_jvp(*_linearise(ctx), tangents[:8])
-
-
-def _linearise(ctx: Any) -> tuple[Rows, Gradient]:
-    logits, target, lse, g_lse, g_picked, g_wsum, g_entropy, class_weight = ctx.saved_tensors
-    rows = Rows(logits, target, lse, class_weight, ctx.reading)
-    return rows, Gradient(rows, g_lse, g_picked, g_wsum, g_entropy)
+        return gradient_jvp(*linearise(ctx.saved_tensors, ctx.reading), tangents[:8])

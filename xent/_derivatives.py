@@ -24,6 +24,7 @@ from torch import Tensor
 from ._backends import Reading, Stats, compute_dtype, scores, slope, split
 
 Maybe = Tensor | None
+BLOCK = 1 << 18  # logits
 
 
 class Rows:
@@ -101,21 +102,9 @@ def stats_jvp(rows: Rows, dx: Maybe, dq: Maybe, dw: Maybe, entropy: Maybe) -> St
 class Gradient:
     """S and e, of which every derivative of the gradient is made, from the upstream numbers of the rows."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        g_lse: Tensor,
-        g_picked: Tensor,
-        g_wsum: Maybe,
-        g_entropy: Maybe,
-    ) -> None:
+    def __init__(self, rows: Rows, g_lse: Tensor, g_picked: Tensor, g_wsum: Maybe, g_entropy: Maybe) -> None:
         """Any of the g may carry a graph or a tangent of its own."""
-        self.rows, self.g_picked, self.g_wsum, self.g_entropy = (
-            rows,
-            g_picked,
-            g_wsum,
-            g_entropy,
-        )
+        self.rows, self.g_picked, self.g_wsum, self.g_entropy = rows, g_picked, g_wsum, g_entropy
         self.e = self.smooth = rows.p * rows.column(g_lse)  # the part of S that is not linear in z
         if g_entropy is not None:
             self.smooth = self.smooth - rows.column(g_entropy) * rows.p * rows.log_p
@@ -136,6 +125,10 @@ def gradient_vjp(rows: Rows, gradient: Gradient, v: Tensor) -> tuple[Maybe, ...]
     v = rows.mask(v.to(rows.dtype))
     u = v * rows.z1
     ue = u * gradient.e
+    d_lse = -rows.sum(ue)
+    own_lse = rows.reading.classes is None
+    if own_lse:  # what lse passes on to these logits is at hand
+        ue = ue + rows.p * rows.column(d_lse)
     curvature = gradient.curvature()
     d_logits = ue * rows.z1 if curvature is None else ue * rows.z1 + v * curvature
     d_target = d_weight = d_g_wsum = d_g_entropy = None
@@ -154,13 +147,33 @@ def gradient_vjp(rows: Rows, gradient: Gradient, v: Tensor) -> tuple[Maybe, ...]
     return (
         d_logits.to(rows.logits.dtype),
         d_target,
-        -rows.sum(ue),
+        None if own_lse else d_lse,
         d_g_lse,
         d_g_picked,
         d_g_wsum,
         d_g_entropy,
         d_weight,
     )
+
+
+def gradient_vjp_by_blocks(tensors: tuple[Any, ...], reading: Reading, v: Tensor) -> list[Maybe]:
+    """`gradient_vjp`, where nothing will be differentiated again: block by block, with no (N, C) but the results."""
+    *per_row, class_weight = tensors
+    found: list[Any] = [None] * len(tensors)
+    N, C = v.shape
+    count = max(1, BLOCK // max(1, C))
+    for rows in (slice(i, i + count) for i in range(0, N, count)):
+        part = [None if tensor is None else tensor[rows] for tensor in per_row]
+        for i, grad in enumerate(gradient_vjp(*linearise((*part, class_weight), reading), v[rows])):
+            if grad is None:
+                continue
+            if i == len(per_row):
+                found[i] = grad if found[i] is None else found[i] + grad
+                continue
+            if found[i] is None:
+                found[i] = grad.new_empty(N, *grad.shape[1:])
+            found[i][rows] = grad
+    return found
 
 
 def gradient_jvp(rows: Rows, gradient: Gradient, tangents: tuple[Maybe, ...]) -> Tensor:
@@ -189,3 +202,10 @@ def gradient_jvp(rows: Rows, gradient: Gradient, tangents: tuple[Maybe, ...]) ->
     if curvature is not None and dx is not None:
         result = result + curvature * dx.to(rows.dtype)
     return rows.mask(result).to(rows.logits.dtype)
+
+
+def linearise(tensors: tuple[Any, ...], reading: Reading) -> tuple[Rows, Gradient]:
+    """What `gradient_vjp` and `gradient_jvp` need, from the arguments of the gradient."""
+    logits, target, lse, g_lse, g_picked, g_wsum, g_entropy, class_weight = tensors
+    rows = Rows(logits, target, lse, class_weight, reading)
+    return rows, Gradient(rows, g_lse, g_picked, g_wsum, g_entropy)
