@@ -87,6 +87,7 @@ FLOW = [  # a file imports only from rows below its own
     {"_objective"},
     {"_autograd", "_linear", "_parallel"},
     {"_derivatives"},
+    {"_ops"},
     {"_primitives"},
     {"_backends"},
 ]

@@ -63,6 +63,8 @@ def check_options(
             _check_number("normalizer", normalizer)
         elif normalizer.dim() != 0:
             raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+        elif normalizer.is_complex():
+            raise TypeError(f"normalizer: expected a real number, got {normalizer.dtype}")
     if on_empty not in ("nan", "zero"):
         raise ValueError(f"on_empty: expected 'nan' or 'zero', got {on_empty!r}")
     _check_number("z_loss", z_loss)
@@ -76,6 +78,14 @@ def check_ignore_index(ignore_index: int) -> None:
     """An int, and not a float or a bool that happens to compare equal to some target."""
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+
+
+def check_normalizer_device(normalizer: float | Tensor | None, input: Tensor) -> None:
+    """A 0-d tensor on the CPU goes with any device; one without numbers only with logits without numbers."""
+    if isinstance(normalizer, Tensor) and normalizer.device != input.device and normalizer.device.type != "cpu":
+        raise RuntimeError(
+            f"normalizer: expected a tensor on {input.device} or the CPU, got one on {normalizer.device}"
+        )
 
 
 def check_transform(logit_scale: float, softcap: float | None) -> None:

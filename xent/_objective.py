@@ -32,7 +32,9 @@ def row_losses(
     nll = lse - picked if mass is None else lse * mass - picked
     loss = nll if row_weight is None else row_weight * nll
     if wsum is not None:
-        loss = (1 - label_smoothing) * loss + label_smoothing / C * (lse * weight_sum - wsum)
+        smooth = label_smoothing / C * (lse * weight_sum - wsum)
+        gone = mass is not None and label_smoothing == 1  # q is mixed first: of a q that is gone, not even 0 * inf
+        loss = smooth if gone else (1 - label_smoothing) * loss + smooth
     return loss if z_loss == 0 else loss + z_loss * lse**2
 
 

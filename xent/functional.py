@@ -106,6 +106,7 @@ def cross_entropy(
     C = logits.shape[1]
     soft, smooth = y.is_floating_point(), label_smoothing > 0
     _layout.check_weight(weight, C, logits, soft)
+    _layout.check_normalizer_device(normalizer, logits)
 
     class_weight = weight.to(compute_dtype(logits)) if weight is not None and (soft or smooth) else None
     reading = Reading(ignore_index, logit_scale, softcap)
