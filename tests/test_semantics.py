@@ -252,7 +252,7 @@ def test_huge_finite_logits(reduction: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("level", [1e4, 1e8, -1e8])
 def test_equal_logits_far_from_0(level: float, dtype: torch.dtype) -> None:
-    """log C, and a gradient of 1/C - one-hot. Beyond about 1e12 float64 holds lse no longer: README states the limit."""
+    """log C, and a gradient of 1/C - one-hot. Beyond about 1e12 lse loses them: README states that limit."""
     x, y = torch.full((2, 4), level, dtype=dtype), torch.tensor([0, 3])
     (loss, grad), (torchs, torchs_grad) = (loss_and_grad(f, x, y) for f in (xent.cross_entropy, F.cross_entropy))
     torch.testing.assert_close(loss, torchs)

@@ -1,0 +1,130 @@
+// The loops over one chunk of a row, each written so that GCC and clang turn it into SIMD; see native_rows.h.
+//
+// Each is a function of its own, never inlined: GCC vectorises it reliably only so (inlined, it once duplicated a loop
+// and left one of the copies scalar, five times slower).
+
+constexpr int LANES = 16;  // of the widest vectors
+
+INLINE int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+template <class T>
+LOOP void gather(const T* x, int64_t stride, int n, T* out) {
+    for (int i = 0; i < n; ++i) out[i] = x[i * stride];
+}
+
+template <class T>
+LOOP void scatter(const T* d, int64_t stride, int n, T* out) {
+    for (int i = 0; i < n; ++i) out[i * stride] = d[i];
+}
+
+template <class T, class F>
+LOOP void convert(const T* x, int n, F scale, F* out) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = scale * F(widen(x[i]));
+}
+
+template <class T, class F>
+LOOP void convert_capped(const T* x, int n, F scale, F cap, F* out) {
+    const F inverse = 1 / cap;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = cap * hyperbolic_tangent(scale * widen(x[i]) * inverse);
+}
+
+template <class F, class T>
+LOOP void store(const F* d, int n, T* out) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) narrow(d[i], out[i]);
+}
+
+// The next three take n rounded up to whole vectors, see `scores`.
+
+// Explicit lanes, since clang takes the usual loop for a maximum as it stands, in which no order may be changed.
+template <class F>
+LOOP F maximum(const F* z, int n) {
+    F lane[LANES];
+    for (int k = 0; k < LANES; ++k) lane[k] = -F(INF);
+    for (int i = 0; i < whole(n); i += LANES) {
+#pragma omp simd
+        for (int k = 0; k < LANES; ++k) lane[k] = z[i + k] > lane[k] ? z[i + k] : lane[k];
+    }
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; ++k) lane[k] = lane[k] > lane[k + width] ? lane[k] : lane[k + width];
+    return lane[0];
+}
+
+template <class F>
+struct Sums {
+    F sum, tilt;
+    bool above;
+};
+
+// The sums of e^t and e^t t with t = z - base, and whether any z is above the base.
+template <bool TILT, class F>
+LOOP Sums<F> sum_exp(const F* z, int n, F base) {
+    F sum = 0, tilt = 0;
+    int above = 0;
+#pragma omp simd reduction(+ : sum, tilt) reduction(| : above)
+    for (int i = 0; i < whole(n); ++i) {
+        const F t = z[i] - base, e = exponential(t);
+        above |= t > 0;
+        sum += e;
+        if (TILT) tilt += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
+    }
+    return {sum, tilt, above != 0};
+}
+
+// The first class with this logit; with a NaN, the first NaN. n or more if there is none.
+template <class F>
+LOOP int find(const F* z, int n, F value) {
+    int first = whole(n);
+    const bool nan = value != value;
+#pragma omp simd reduction(min : first)
+    for (int i = 0; i < whole(n); ++i) {
+        const int here = z[i] == value || (nan && z[i] != z[i]) ? i : whole(n);
+        first = here < first ? here : first;
+    }
+    return first;
+}
+
+// sum k and sum k z with the coefficients k = q w, either of which may be missing.
+template <class F>
+LOOP void dot(const F* q, const F* w, const F* z, int n, double& mass, double& total) {
+    double m = 0, s = 0;
+#pragma omp simd reduction(+ : m, s)
+    for (int i = 0; i < n; ++i) {
+        const double k = (q ? double(q[i]) : 1) * (w ? double(w[i]) : 1);
+        m += k;
+        s += k == 0 ? 0 : k * double(z[i]);  // not 0 * inf
+    }
+    mass += m;
+    total += s;
+}
+
+// d = p (a - h log p) with p = e^(z - high); see `gradient` for the rest of lse.
+template <bool TILT, class F>
+LOOP void softmax(const F* z, int n, F high, F a, F h, F* d) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+        const F t = z[i] - high, e = exponential(t);
+        d[i] = TILT ? e * (a - h * (t < -1000 ? -1000 : t)) : e * a;
+    }
+}
+
+template <class F>
+LOOP void add_weighted(F g, const F* q, const F* w, int n, F* d) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) d[i] += g * (q ? q[i] : 1) * (w ? w[i] : 1);
+}
+
+template <class F>
+LOOP void multiply_slope(const F* z, int n, F cap, F* d) {  // d tanh u = 1 - tanh^2 u
+    const F inverse = 1 / cap;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) d[i] *= (1 - z[i] * inverse) * (1 + z[i] * inverse);
+}
+
+template <class F>
+LOOP void exp_all(const F* t, F* out, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = exponential(t[i]);
+}

@@ -1,0 +1,223 @@
+// The two passes over the logits, for one instruction set: native.cpp includes this file once for each, inside a
+// namespace, with LOOP defined as the attributes of a function that is compiled for it, and NAME as its name.
+//
+//     statistics  reads each logit from memory once; writes a few numbers per row
+//     gradient    reads each logit once, writes each gradient once; `out` may lie over the logits
+//
+// Neither stores a probability. A row is taken in chunks that stay in the first-level cache, so that several loops
+// over a chunk read memory once between them. T is a type in memory, F that of the arithmetic on it: double for
+// double, float for the others. Numbers per row are double.
+
+constexpr int CHUNK = 512;
+
+template <class T>
+using Compute = decltype(widen(T{}));
+
+#include "native_loops.h"
+
+// ------------------------------------------------------------------------------------------------- chunks
+
+// The next chunk, from memory into the cache while this one is worked on. Beyond the end of a tensor it does nothing.
+template <class T>
+INLINE void prefetch_after(const T* chunk) {
+#if defined(__GNUC__)
+    const uintptr_t next = reinterpret_cast<uintptr_t>(chunk) + CHUNK * sizeof(T);
+    for (size_t i = 0; i < CHUNK * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + i));
+#else
+    (void)chunk;
+#endif
+}
+
+// One chunk of a row, side by side: where it lies if it does, else in `buffer`. A line of memory that is read for one
+// row of a transposed matrix holds the same class of the next rows too, and is still in a cache when they come.
+template <class T>
+INLINE const T* chunk_of(const Matrix& x, int64_t row, int64_t at, int n, T* buffer) {
+    const T* first = x.at<T>(row, at);
+    if (x.class_stride == 1) {
+        prefetch_after(first);
+        return first;
+    }
+    gather(first, x.class_stride, n, buffer);
+    return buffer;
+}
+
+// The logits that count: the row itself where it is that, else `buffer`. For `padded`, whole vectors of them, the last
+// filled up with -inf, which no sum of exponentials notices: what is left over of a vector would cost more than one.
+template <class T, class F>
+INLINE const F* scores(const Call& c, const T* x, int n, F* buffer, bool padded) {
+    const int end = padded ? whole(n) : n;
+    for (int i = n; i < end; ++i) buffer[i] = -F(INF);
+    if constexpr (std::is_same_v<T, F>) {
+        if (c.scale == 1 && c.softcap == 0) {
+            if (n == end) return x;
+            std::memcpy(buffer, x, size_t(n) * sizeof(F));
+            return buffer;
+        }
+    }
+    if (c.softcap == 0)
+        convert(x, n, F(c.scale), buffer);
+    else
+        convert_capped(x, n, F(c.scale), F(c.softcap), buffer);
+    return buffer;
+}
+
+template <class T, class F>
+INLINE const F* converted(const Matrix& x, int64_t row, int64_t at, int n, F* buffer) {
+    T t_buffer[CHUNK];
+    const T* t = chunk_of(x, row, at, n, t_buffer);
+    if constexpr (std::is_same_v<T, F>) {
+        if (t != t_buffer) return t;
+    }
+    convert(t, n, F(1), buffer);
+    return buffer;
+}
+
+template <class F>
+INLINE const F* probabilities(const Call& c, int64_t row, int64_t at, int n, F* buffer) {
+    if (c.target_kind == FLOAT32) return converted<float>(c.target, row, at, n, buffer);
+    if (c.target_kind == BFLOAT16) return converted<BFloat16>(c.target, row, at, n, buffer);
+    if (c.target_kind == FLOAT16) return converted<Float16>(c.target, row, at, n, buffer);
+    return converted<double>(c.target, row, at, n, buffer);
+}
+
+// exp is taken relative to the maximum so far, which is nearly always that of the whole row after the first chunks.
+// The few chunks that turn out to raise it (all of them, if the logits are sorted) are gone over again, in the cache.
+template <class F>
+INLINE void add_exp(const Call& c, Found& found, const F* z, int n, int64_t at) {
+    const auto sums = [&](F base) { return c.entropy ? sum_exp<true>(z, n, base) : sum_exp<false>(z, n, base); };
+    F top = found.max == -INF ? maximum(z, n) : F(found.max);
+    Sums<F> s = sums(top == -F(INF) ? 0 : top);  // only -inf yet: exp(-inf - 0), not exp(-inf - -inf)
+    if (s.above) {
+        top = maximum(z, n);
+        s = sums(top);
+    }
+    if (top > found.max) {
+        rebase(found, top);
+        if (c.argmax) found.argmax = at + find(z, n, top);
+    }
+    if (c.argmax && s.sum != s.sum && found.max == found.max) {
+        const F nan = std::numeric_limits<F>::quiet_NaN();
+        const int first = find(z, n, nan);
+        if (first < n) found.max = nan, found.argmax = at + first;  // stays, for nothing is larger than NaN
+    }
+    found.sum += s.sum;
+    found.tilt += s.tilt;
+}
+
+template <class T, class F>
+INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int n) {
+    T x_buffer[CHUNK];
+    F z_buffer[CHUNK], q_buffer[CHUNK];
+    const F* z = scores(c, chunk_of(c.logits, row, at, n, x_buffer), n, z_buffer, true);
+    const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
+    add_exp(c, found, z, n, at);
+    double unused = 0;
+    if (c.wsum) dot<F>(nullptr, w, z, n, unused, found.wsum);
+    if (c.soft()) {
+        dot(probabilities(c, row, at, n, q_buffer), w, z, n, found.mass, found.picked);
+    } else {
+        const int64_t y = c.y(row) - c.start - at;
+        if (0 <= y && y < n) found.picked = z[y];
+    }
+}
+
+template <class T, class F>
+INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F high, F a, F h) {
+    T x_buffer[CHUNK], out_buffer[CHUNK];
+    F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
+    const F* z = scores(c, chunk_of(c.logits, row, at, n, x_buffer), n, z_buffer, false);
+    const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
+    T* out = c.out.class_stride == 1 ? c.out.at<T>(row, at) : out_buffer;
+    F* d = d_buffer;
+    if constexpr (std::is_same_v<T, F>) d = out;
+    const int64_t y = c.soft() ? -1 : c.y(row) - c.start - at;
+    const bool here = 0 <= y && y < n;
+    const double z_y = here ? z[y] : 0;  // read before d, which may lie over z, is written
+
+    if (c.g_entropy.data)
+        softmax<true>(z, n, high, a, h, d);
+    else
+        softmax<false>(z, n, high, a, h, d);
+    if (c.soft()) add_weighted(F(c.g_picked[row] * c.scale), probabilities(c, row, at, n, q_buffer), w, n, d);
+    if (c.g_wsum.data) add_weighted<F>(F(c.g_wsum[row] * c.scale), nullptr, w, n, d);
+    if (c.softcap != 0) multiply_slope(z, n, F(c.softcap), d);
+    if (here) {  // p - 1 may be tiny: all of it in double, rounded once
+        const double t = z_y - c.lse_in[row], u = c.softcap == 0 ? 0 : z_y / c.softcap;
+        const double p_term = t < -1000 ? 0 : std::exp(t) * (c.g_lse[row] - c.g_entropy[row] * t);
+        const double dz = p_term + c.g_picked[row] + c.g_wsum[row] * (w ? double(w[y]) : 1);
+        d[y] = F(dz * c.scale * (1 - u * u));
+    }
+    if constexpr (!std::is_same_v<T, F>) store(d, n, out);
+    if (out == out_buffer) scatter(out, c.out.class_stride, n, c.out.at<T>(row, at));
+}
+
+// ------------------------------------------------------------------------------------------------- rows
+
+struct Range {  // the rows and the classes of a task
+    int64_t row, row_end, at, end;
+};
+
+INLINE Range range(const Call& c, int64_t task) {
+    const int64_t row = task / c.parts * c.rows_per_task, at = task % c.parts * c.classes_per_task;
+    const int64_t row_end = row + c.rows_per_task, end = at + c.classes_per_task;
+    return {row, row_end < c.N ? row_end : c.N, at, end < c.C ? end : c.C};
+}
+
+INLINE int chunk(int64_t left) { return left < CHUNK ? int(left) : CHUNK; }
+
+template <class T>
+LOOP void statistics(const Call& c, int64_t task) {
+    const Range r = range(c, task);
+    for (int64_t row = r.row; row < r.row_end; ++row) {
+        Found found;
+        if (!c.ignored(row))
+            for (int64_t at = r.at; at < r.end; at += CHUNK)
+                add_chunk<T, Compute<T>>(c, found, row, at, chunk(r.end - at));
+        if (c.parts == 1)
+            finish(c, row, found);
+        else
+            c.found[task] = found;
+    }
+}
+
+template <class T>
+INLINE void clear(const Call& c, int64_t row, int64_t at, int64_t end) {
+    char* out = c.out.at<char>(0, 0) + (row * c.out.row_stride + at * c.out.class_stride) * int64_t(sizeof(T));
+    const int64_t bytes = (end - at) * int64_t(sizeof(T));
+    if (c.out.class_stride != 1) {
+        for (int64_t i = at; i < end; ++i) *c.out.at<T>(row, i) = T();
+    } else if (c.zeros_begin > out || c.zeros_end < out + bytes) {
+        if (c.past_caches)
+            clear_past_caches(out, bytes);
+        else
+            std::memset(out, 0, size_t(bytes));
+    }
+}
+
+// lse = high + low, high what F can hold. z - high is exact where it matters, and what is left is a factor per row:
+// p (g - e log p) = e^(z - high) e^-low (g + e low - e (z - high)) = e^(z - high) (a - h (z - high)).
+template <class T>
+LOOP void gradient(const Call& c, int64_t task) {
+    using F = Compute<T>;
+    const Range r = range(c, task);
+    for (int64_t row = r.row; row < r.row_end; ++row) {
+        if (c.ignored(row)) {
+            clear<T>(c, row, r.at, r.end);
+            continue;
+        }
+        const F high = F(c.lse_in[row]);
+        const double rest = c.lse_in[row] - double(high), low = rest == rest ? rest : 0;  // an infinite lse has none
+        const double factor = std::exp(-low) * c.scale, g_entropy = c.g_entropy[row];
+        const F a = F((c.g_lse[row] + g_entropy * low) * factor), h = F(g_entropy * factor);
+        for (int64_t at = r.at; at < r.end; at += CHUNK)
+            gradient_chunk<T>(c, row, at, chunk(r.end - at), high, a, h);
+    }
+}
+
+constexpr Kernels KERNELS = {
+    NAME,
+    {statistics<float>, statistics<BFloat16>, statistics<Float16>, statistics<double>},
+    {gradient<float>, gradient<BFloat16>, gradient<Float16>, gradient<double>},
+    exp_all<float>,
+    exp_all<double>,
+};
