@@ -13,6 +13,7 @@ into old memory has not. (Below 32 MiB glibc hands out old memory again, and nob
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -143,42 +144,45 @@ def admit(row: Row, contender: Contender, logits: Tensor, target: Tensor, truth:
     return None
 
 
-def memory(row: Row, contender: Contender, case: Case, logits: Tensor, target: Tensor) -> float | None:
-    """Peak memory in units of the logits, gradient included, or None where it cannot be told from noise."""
+def memory(row: Row, contender: Contender, case: Case, logits: Tensor, target: Tensor) -> None:
+    """Peak memory in units of the logits, gradient included, into `row`, unless it cannot be told from noise."""
     if row.status != "ok" or contender.limit:
-        return None
+        return
     if logits.device.type == "cpu":
         if logits.nbytes < SMALLEST:
-            return None
+            return
         code = f"from contenders import loss_named; loss = loss_named({contender.name!r})"
-        return peak_of("loss(logits, target)", case.shape, row.dtype, setup=code, ignored=case.ignored)
+        try:
+            row.memory = peak_of("loss(logits, target)", case.shape, row.dtype, setup=code, ignored=case.ignored)
+        except RuntimeError as error:  # the fresh process failed: out of memory, say
+            row.note = f"peak memory: {error}"
+        return
     x = logits.detach().clone().requires_grad_()
     loss = contender.make()
     with forced(contender.backend):
         gradient(loss, x, target)  # compiles, fills caches
-        return growth(lambda: gradient(loss, x, target), "cuda") / logits.nbytes
+        row.memory = growth(lambda: gradient(loss, x, target), "cuda") / logits.nbytes
 
 
 def measure(case: Case, dtype: str, device: str, threads: Sequence[int], rounds: int, peak: bool) -> Iterator[Row]:
     """All contenders on one case: a row for each contender and number of threads, checked, then timed."""
     logits, target = case.inputs(dtype, device)
     truth = Truth(logits, target)
-    peaks: dict[str, float | None] = {}
+    peaks: dict[Contender, float | None] = {}
     for count in threads:
         torch.set_num_threads(count)
         rows = {c: Row("loss", str(case), dtype, device, c.name, count) for c in CONTENDERS}
         runs = [run for c, row in rows.items() if (run := admit(row, c, logits, target, truth))]
         times = interleaved(runs, logits, rounds=rounds, threads=count)
+        if peak and not peaks:  # once is enough; on CPU two processes at a time, since no clock is running now
+            with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
+                list(pool.map(lambda c, row: memory(row, c, case, logits, target), rows, rows.values()))
+            peaks = {c: row.memory for c, row in rows.items()}
         for c, row in rows.items():
+            row.memory = peaks.get(c)
             if row.status == "ok":
                 seconds = times[c.name].median
                 row.ms = seconds * 1e3
                 row.ratio = seconds / times[BASELINE].median if BASELINE in times else None
                 row.gb_per_s = bytes_moved(logits, truth.counted, c) / seconds / 1e9
-            if peak and c.name not in peaks:
-                try:
-                    peaks[c.name] = memory(row, c, case, logits, target)
-                except RuntimeError as error:  # the fresh process failed; out of memory, say
-                    row.note = f"peak memory: {error}"
-            row.memory = peaks.get(c.name)
             yield row

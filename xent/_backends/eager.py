@@ -70,6 +70,7 @@ def lse_and_pick(
         s[rows] = e.sum(1).to(dtype)
         if eu is not None:
             eu[rows] = _dot(e, u, dtype)
+        del z, u, e  # so that the next block gets the same memory, which is in the cache and need not be faulted in
 
     lse = s.log() + m
     if wsum is not None:
@@ -139,6 +140,7 @@ def logits_grad(
             d = torch.where((target == ignore_index)[:, None], 0, d)
         if not direct:
             out[rows] = d.to(out.dtype)
+        del z, t, d
     if not soft and drop:
         out[(target == ignore_index).nonzero()[:, 0]] = 0
     return out

@@ -13,14 +13,20 @@ inline void (*kmpc_fork_call)(void* location, int32_t count, void (*body)(int32_
 struct Work {
     void (*kernel)(const Call&, int64_t task);
     const Call& call;
-    int64_t tasks;
+    int64_t tasks, stretches;  // one stretch of neighbouring tasks for each thread
     std::atomic<int64_t> next;
 };
 
 // Each thread takes the next task that is left, so that ignored rows and a busy core do not leave the others waiting.
+// Tasks are handed out from each stretch in turn: two threads that write neighbouring rows of fresh memory meet in one
+// huge page, and the system would clear it once for each of them.
 inline void take_tasks(void* data) {
     Work& work = *static_cast<Work*>(data);
-    for (int64_t task; (task = work.next.fetch_add(1)) < work.tasks;) work.kernel(work.call, task);
+    const int64_t length = (work.tasks + work.stretches - 1) / work.stretches;
+    for (int64_t turn; (turn = work.next.fetch_add(1)) < length * work.stretches;) {
+        const int64_t task = turn % work.stretches * length + turn / work.stretches;
+        if (task < work.tasks) work.kernel(work.call, task);
+    }
 }
 
 inline void take_tasks_kmpc(int32_t*, int32_t*, void* data) { take_tasks(data); }
@@ -32,7 +38,7 @@ struct Location {  // of a parallel region in the source, which kmpc wants to kn
 
 inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned threads) {
     const int64_t blocks = (call.N + call.rows_per_task - 1) / call.rows_per_task;
-    Work work{kernel, call, blocks * call.parts, {0}};
+    Work work{kernel, call, blocks * call.parts, threads, {0}};
     if (threads > 1 && work.tasks > 1 && gomp_parallel) {
         gomp_parallel(take_tasks, &work, threads, 0);
     } else if (threads > 1 && work.tasks > 1 && kmpc_fork_call) {
