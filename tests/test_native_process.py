@@ -91,9 +91,9 @@ def test_without_an_openmp_runtime_one_thread_does_the_work():
 
 
 def test_the_lock_is_released():
-    """Another Python thread makes progress during one call."""
+    """Another Python thread makes progress during a call: during one of many, for the machine may be busy."""
     x, y = torch.randn(400, 50_000), torch.zeros(400, dtype=torch.int64)
-    interval, ticks, running = sys.getswitchinterval(), [], True
+    interval, ticks, running, during = sys.getswitchinterval(), [], True, 0
 
     def tick():
         while running:
@@ -104,14 +104,18 @@ def test_the_lock_is_released():
     thread = threading.Thread(target=tick)
     try:
         thread.start()
-        begin = time.perf_counter()
-        stats(x, y)
-        end = time.perf_counter()
+        for _ in range(200):
+            begin = time.perf_counter()
+            stats(x, y)
+            end = time.perf_counter()
+            during += sum(begin < t < end for t in ticks[-100:])
+            if during >= 3:
+                break
     finally:
         running = False
         thread.join()
         sys.setswitchinterval(interval)
-    assert sum(begin < t < end for t in ticks) >= 3
+    assert during >= 3
 
 
 class Losses(Dataset):
