@@ -8,8 +8,9 @@ Without --text the text is the documentation inside Python itself (what help() s
 function, so that the two curves may differ by rounding only. In the quick run (float32, seeds 0 to 4) the losses
 differed by at most 4.8e-7 nats, a relative 2.0e-7 or two units in the last place, and the norms of the gradients by
 a relative 2.6e-6; neither grew along the 150 steps. The tolerance of 5e-5 leaves twenty times that for other
-machines, and still sees a loss or a gradient that is wrong by a factor of 1.0001. Longer runs may drift apart
-further, since training amplifies whatever differs: they have no tolerance unless one is given.
+machines, and still sees a loss or a whole gradient that is wrong by a factor of 1.0001 (bench.py sees finer errors,
+row by row). Longer runs may drift apart further, since training amplifies whatever differs: they have no tolerance
+unless one is given.
 
 Exit code: 0; 1 if the curves differ by more than --tolerance; 2 for bad options or a text that cannot be used;
 130 after Ctrl-C, with the summary and the plot of the steps so far (a second Ctrl-C ends at once).

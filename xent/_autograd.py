@@ -80,7 +80,8 @@ def apply(function: type[torch.autograd.Function], with_jvp: type[torch.autograd
                 "take one of the two derivatives in reverse mode, as torch.func.hessian does"
             )
         return with_jvp.apply(*args)  # type: ignore[no-untyped-call]
-    args = torch._functorch.utils.unwrap_dead_wrappers(args)
+    if torch._C._functorch.is_functorch_wrapped_tensor(args[0]):  # left over from a transform that has ended
+        args = torch._functorch.utils.unwrap_dead_wrappers(args)
     return super(torch.autograd.Function, with_jvp).apply(*args)  # type: ignore[misc]
 
 
