@@ -48,9 +48,10 @@ def lse_and_pick(
     soft = target.is_floating_point()
     if not soft:
         check_range(target, classes, ignore_index)
+        y, here = _local(target, start, C)
 
     m, s = zeros.clone(), zeros + 1  # a row that is never read has lse = log 1 + 0
-    mass, picked = (zeros.clone(), zeros.clone()) if soft else (None, None)
+    picked, mass = zeros.clone(), zeros.clone() if soft else None
     wsum = zeros.clone() if want_wsum else None
     eu = zeros.clone() if want_entropy else None
     argmax = torch.full_like(zeros, -1, dtype=torch.int64) if want_argmax else None
@@ -61,7 +62,9 @@ def lse_and_pick(
         m[rows] = peak.to(dtype)
         u = z - peak[:, None]
         # Weighted sums are taken of u, whose decimals survive a common offset of the logits; m is added at the end.
-        if mass is not None and picked is not None:
+        if mass is None:
+            picked[rows] = z.gather(1, y[rows, None])[:, 0].to(dtype)
+        else:
             q = _weighted(target[rows].to(u.dtype), class_weight)
             mass[rows] = q.sum(1, dtype=dtype)
             picked[rows] = _dot(q, u, dtype)
@@ -79,11 +82,9 @@ def lse_and_pick(
     if wsum is not None:
         wsum += m * (C if class_weight is None else class_weight.sum(dtype=dtype))
     entropy = None if eu is None else s.log() - eu / s  # -sum_c p_c (u_c - log s)
-    if mass is not None and picked is not None:
+    if mass is not None:
         return Stats(lse, picked + m * mass, mass, wsum, entropy, argmax)
 
-    y, here = _local(target, start, C)
-    picked = scores(logits.gather(1, y[:, None]), scale, softcap)[:, 0].to(dtype)
     stats = Stats(lse, torch.where(here, picked, 0), None, wsum, entropy, argmax)
     ignored = target == ignore_index
     return Stats(*[None if n is None else n.masked_fill(ignored, -1 if n is argmax else 0) for n in stats])  # type: ignore[arg-type]
