@@ -99,7 +99,7 @@ def native_exp(t):
     return out
 
 
-def test_exp32_is_within_one_and_a_half_ulp():
+def test_exp32():
     negative = torch.arange(0x80000000 - 2**32, 0xC2AEA8F6 - 2**32, 499, dtype=torch.int32).view(torch.float32)
     positive = torch.arange(0, 0x42B00000, 499, dtype=torch.int32).view(torch.float32)
     assert negative.min() < -87.3
@@ -107,17 +107,17 @@ def test_exp32_is_within_one_and_a_half_ulp():
     for t in (negative, positive):
         truth = torch.exp(t.double())
         ulp = 2.0 ** (torch.frexp(truth).exponent - 24.0)
-        assert ((native_exp(t).double() - truth).abs() / ulp).max() <= 1.5
+        assert ((native_exp(t).double() - truth).abs() / ulp).max() <= 1.3
 
 
-def test_exp64_is_within_two_ulp():
+def test_exp64():
     if np.finfo(np.longdouble).nmant <= 52:
         pytest.skip("no type here is more precise than float64")
     t = torch.cat([torch.linspace(-708.3, 709, 1_000_001), -torch.logspace(-300, 2, 100_001)]).double()
     t += torch.rand(len(t), dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * t * 1e-9
     truth = np.exp(t.numpy().astype(np.longdouble))
     ulp = np.spacing(truth.astype(np.float64)).astype(np.longdouble)
-    assert (np.abs(native_exp(t).numpy() - truth) / ulp).max() <= 2
+    assert (np.abs(native_exp(t).numpy() - truth) / ulp).max() <= 1.8
 
 
 @pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -87.33), (torch.float64, -708.39)])

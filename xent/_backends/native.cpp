@@ -98,10 +98,21 @@ void prepare_out(Call& c, int64_t bytes, bool fresh) {
     c.past_caches = !fresh && bytes >= LARGE;  // fresh pages are in the cache, where the system has just cleared them
     if (!fresh || bytes < HUGE_PAGES) return;
     const Pages pages(c.out.data, bytes);
-    int64_t ignored = 0;
-    for (int64_t row = 0; row < c.N; ++row) ignored += c.ignored(row);
-    if (ignored > 0 && bytes >= LARGE && become_zeros(pages)) c.zeros_begin = pages.begin, c.zeros_end = pages.end;
-    advise_huge_pages(pages);
+    // What the rows that count take, and what they take in huge pages, which are cleared whole.
+    const int64_t row_bytes = bytes / c.N;
+    int64_t counted = 0, touched = 0, end = 0;
+    for (int64_t row = 0; row < c.N; ++row) {
+        if (c.ignored(row)) continue;
+        const int64_t first = row * row_bytes / HUGE_PAGE, last = ((row + 1) * row_bytes - 1) / HUGE_PAGE + 1;
+        counted += row_bytes;
+        touched += (last - (first > end ? first : end)) * HUGE_PAGE;
+        end = last;
+    }
+    if (counted < bytes && bytes >= LARGE && become_zeros(pages)) {
+        c.zeros_begin = pages.begin, c.zeros_end = pages.end;
+        c.scattered = 2 * counted < touched;
+    }
+    if (!c.scattered) advise_huge_pages(pages);
 }
 
 // ------------------------------------------------------------------------------------------------- Python
@@ -181,7 +192,7 @@ PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (unreadable(c, {c.lse_in.data, c.g_lse.data, c.g_picked.data, out})) return nullptr;
     PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
     prepare_out(c, c.N * c.C * itemsize, fresh != 0);
-    cut(c);
+    fresh ? cut_fresh(c, threads) : cut(c);
     run(kernels->gradient[dtype], c, unsigned(threads));
     if (state) PyEval_RestoreThread(state);
     Py_RETURN_NONE;

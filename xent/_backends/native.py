@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"the compiled extension is missing ({error}); pip builds it where there is a C++17 compiler: install one, "
-        "then `pip install --force-reinstall --no-deps --no-binary torch-xent torch-xent`"
+        "then `pip install --force-reinstall --no-deps --no-cache-dir --no-binary torch-xent torch-xent`"
     ) from error
 
 ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"

@@ -50,11 +50,20 @@ struct Call {
     Matrix out;
     bool past_caches;                      // `out` is in no cache
     const char *zeros_begin, *zeros_end;  // the part of `out` that holds zeros as it is
+    bool scattered;                       // so few rows of it count that small pages take less time than huge ones
 
     // A task is a block of rows, or where there are few rows, one of the `parts` of a row.
     int64_t rows_per_task, parts, classes_per_task;
     Found* found;  // (N, parts), where parts > 1
 
+    struct Range {
+        int64_t row, row_end, at, end;
+    };
+    Range range(int64_t task) const {
+        const int64_t first = task / parts * rows_per_task, last = first + rows_per_task;
+        const int64_t at = task % parts * classes_per_task, end = at + classes_per_task;
+        return {first, last < N ? last : N, at, end < C ? end : C};
+    }
     bool soft() const { return target_kind >= FLOAT32; }
     int64_t y(int64_t row) const {
         return target_kind == INT64 ? *target.at<int64_t>(row, 0) : *target.at<int32_t>(row, 0);
@@ -100,6 +109,13 @@ inline void finish(const Call& c, int64_t row, Found f) {
     if (c.wsum) c.wsum[row] = f.wsum;
     if (c.entropy) c.entropy[row] = log_sum - f.tilt / f.sum;  // -sum p (t - log sum)
     if (c.argmax) c.argmax[row] = f.argmax;
+}
+
+inline void keep(const Call& c, int64_t task, int64_t row, const Found& found) {
+    if (c.parts == 1)
+        finish(c, row, found);
+    else
+        c.found[task] = found;
 }
 
 // The entry points of one instruction set; the types of logits are float32, bfloat16, float16, float64.

@@ -7,14 +7,17 @@ constexpr int LANES = 16;  // of the widest vectors
 
 INLINE int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
+// Some classes of some rows, to where the rows are CHUNK numbers apart, and back.
 template <class T>
-LOOP void gather(const T* x, int64_t stride, int n, T* out) {
-    for (int i = 0; i < n; ++i) out[i] = x[i * stride];
+LOOP void gather(const Matrix& x, int64_t row, int rows, int64_t at, int n, T* tile) {
+    for (int i = 0; i < n; ++i)
+        for (int k = 0; k < rows; ++k) tile[k * CHUNK + i] = *x.at<T>(row + k, at + i);
 }
 
 template <class T>
-LOOP void scatter(const T* d, int64_t stride, int n, T* out) {
-    for (int i = 0; i < n; ++i) out[i * stride] = d[i];
+LOOP void scatter(const T* tile, int64_t row, int rows, int64_t at, int n, const Matrix& out) {
+    for (int i = 0; i < n; ++i)
+        for (int k = 0; k < rows; ++k) *out.at<T>(row + k, at + i) = tile[k * CHUNK + i];
 }
 
 template <class T, class F>
@@ -58,19 +61,30 @@ struct Sums {
     bool above;
 };
 
-// The sums of e^t and e^t t with t = z - base, and whether any z is above the base.
+// The sums of e^t and e^t t with t = z - base, and whether any z is above the base. On the way, what lies AHEAD of the
+// logits in memory, `size` bytes each, is asked for into the second-level cache: spread over the loop like this, the
+// arithmetic and the memory work at the same time. (Explicit lanes, since nothing else fits into a simd loop.)
 template <bool TILT, class F>
-LOOP Sums<F> sum_exp(const F* z, int n, F base) {
-    F sum = 0, tilt = 0;
-    int above = 0;
-#pragma omp simd reduction(+ : sum, tilt) reduction(| : above)
-    for (int i = 0; i < whole(n); ++i) {
-        const F t = z[i] - base, e = exponential(t);
-        above |= t > 0;
-        sum += e;
-        if (TILT) tilt += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
+LOOP Sums<F> sum_exp(const F* z, int n, F base, const char* logits, int size) {
+    F sum[LANES] = {}, tilt[LANES] = {}, top[LANES];
+    for (int k = 0; k < LANES; ++k) top[k] = base;
+    for (int i = 0; i < whole(n); i += LANES) {
+        PREFETCH(logits + i * size + AHEAD, 2);
+#pragma omp simd
+        for (int k = 0; k < LANES; ++k) {
+            const F t = z[i + k] - base, e = exponential(t);
+            top[k] = z[i + k] > top[k] ? z[i + k] : top[k];
+            sum[k] += e;
+            if (TILT) tilt[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
+        }
     }
-    return {sum, tilt, above != 0};
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; ++k) {
+            sum[k] += sum[k + width];
+            tilt[k] += tilt[k + width];
+            top[k] = top[k] > top[k + width] ? top[k] : top[k + width];
+        }
+    return {sum[0], tilt[0], top[0] > base};
 }
 
 // The first class with this logit; with a NaN, the first NaN. n or more if there is none.

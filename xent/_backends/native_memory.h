@@ -10,6 +10,7 @@
 #include <emmintrin.h>
 #endif
 
+constexpr int64_t HUGE_PAGE = 2 << 20;
 constexpr int64_t HUGE_PAGES = 4 << 20;  // bytes that are worth some
 constexpr int64_t LARGE = 32 << 20;      // bytes: more than caches hold, and than malloc takes from memory used before
 
@@ -41,6 +42,16 @@ inline bool become_zeros(Pages pages) {
 #else
     (void)pages;
     return false;
+#endif
+}
+
+// All small pages of a piece of memory in one call of the system, for less than half of what their faults would cost.
+inline void populate(char* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+    const uintptr_t first = reinterpret_cast<uintptr_t>(data) & ~uintptr_t(4095);
+    madvise(reinterpret_cast<void*>(first), reinterpret_cast<uintptr_t>(data) + size_t(bytes) - first, MADV_POPULATE_WRITE);
+#else
+    (void)data, (void)bytes;
 #endif
 }
 

@@ -9,6 +9,8 @@
 // double, float for the others. Numbers per row are double.
 
 constexpr int CHUNK = 512;
+constexpr int AHEAD = 8192;  // bytes
+constexpr int TILE = 16;  // rows: as many float32 numbers as a line of memory holds
 
 template <class T>
 using Compute = decltype(widen(T{}));
@@ -19,26 +21,9 @@ using Compute = decltype(widen(T{}));
 
 // The next chunk, from memory into the cache while this one is worked on. Beyond the end of a tensor it does nothing.
 template <class T>
-INLINE void prefetch_after(const T* chunk) {
-#if defined(__GNUC__)
-    const uintptr_t next = reinterpret_cast<uintptr_t>(chunk) + CHUNK * sizeof(T);
-    for (size_t i = 0; i < CHUNK * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + i));
-#else
-    (void)chunk;
-#endif
-}
-
-// One chunk of a row, side by side: where it lies if it does, else in `buffer`. A line of memory that is read for one
-// row of a transposed matrix holds the same class of the next rows too, and is still in a cache when they come.
-template <class T>
-INLINE const T* chunk_of(const Matrix& x, int64_t row, int64_t at, int n, T* buffer) {
-    const T* first = x.at<T>(row, at);
-    if (x.class_stride == 1) {
-        prefetch_after(first);
-        return first;
-    }
-    gather(first, x.class_stride, n, buffer);
-    return buffer;
+INLINE void prefetch_after(const T* chunk, int n) {
+    const char* next = reinterpret_cast<const char*>(chunk + n);
+    for (size_t i = 0; i < size_t(n) * sizeof(T); i += 64) PREFETCH(next + i, 3);
 }
 
 // The logits that count: the row itself where it is that, else `buffer`. For `padded`, whole vectors of them, the last
@@ -64,9 +49,13 @@ INLINE const F* scores(const Call& c, const T* x, int n, F* buffer, bool padded)
 template <class T, class F>
 INLINE const F* converted(const Matrix& x, int64_t row, int64_t at, int n, F* buffer) {
     T t_buffer[CHUNK];
-    const T* t = chunk_of(x, row, at, n, t_buffer);
+    const T* t = x.at<T>(row, at);
     if constexpr (std::is_same_v<T, F>) {
-        if (t != t_buffer) return t;
+        if (x.class_stride == 1) return t;
+    }
+    if (x.class_stride != 1) {
+        gather(x, row, 1, at, n, t_buffer);
+        t = t_buffer;
     }
     convert(t, n, F(1), buffer);
     return buffer;
@@ -82,9 +71,13 @@ INLINE const F* probabilities(const Call& c, int64_t row, int64_t at, int n, F* 
 
 // exp is taken relative to the maximum so far, which is nearly always that of the whole row after the first chunks.
 // The few chunks that turn out to raise it (all of them, if the logits are sorted) are gone over again, in the cache.
-template <class F>
-INLINE void add_exp(const Call& c, Found& found, const F* z, int n, int64_t at) {
-    const auto sums = [&](F base) { return c.entropy ? sum_exp<true>(z, n, base) : sum_exp<false>(z, n, base); };
+template <class T, class F>
+INLINE void add_exp(const Call& c, Found& found, const T* x, const F* z, int n, int64_t at) {
+    const auto sums = [&](F base) {
+        const char* logits = reinterpret_cast<const char*>(x);
+        const int size = sizeof(T);
+        return c.entropy ? sum_exp<true>(z, n, base, logits, size) : sum_exp<false>(z, n, base, logits, size);
+    };
     F top = found.max == -INF ? maximum(z, n) : F(found.max);
     Sums<F> s = sums(top == -F(INF) ? 0 : top);  // only -inf yet: exp(-inf - 0), not exp(-inf - -inf)
     if (s.above) {
@@ -106,11 +99,11 @@ INLINE void add_exp(const Call& c, Found& found, const F* z, int n, int64_t at) 
 
 template <class T, class F>
 INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int n) {
-    T x_buffer[CHUNK];
     F z_buffer[CHUNK], q_buffer[CHUNK];
-    const F* z = scores(c, chunk_of(c.logits, row, at, n, x_buffer), n, z_buffer, true);
+    const T* x = c.logits.at<T>(row, at);
+    const F* z = scores(c, x, n, z_buffer, true);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
-    add_exp(c, found, z, n, at);
+    add_exp(c, found, x, z, n, at);
     double unused = 0;
     if (c.wsum) dot<F>(nullptr, w, z, n, unused, found.wsum);
     if (c.soft()) {
@@ -123,11 +116,12 @@ INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int 
 
 template <class T, class F>
 INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F high, F a, F h) {
-    T x_buffer[CHUNK], out_buffer[CHUNK];
     F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
-    const F* z = scores(c, chunk_of(c.logits, row, at, n, x_buffer), n, z_buffer, false);
+    const T* x = c.logits.at<T>(row, at);
+    prefetch_after(x, n);
+    const F* z = scores(c, x, n, z_buffer, false);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
-    T* out = c.out.class_stride == 1 ? c.out.at<T>(row, at) : out_buffer;
+    T* out = c.out.at<T>(row, at);
     F* d = d_buffer;
     if constexpr (std::is_same_v<T, F>) d = out;
     const int64_t y = c.soft() ? -1 : c.y(row) - c.start - at;
@@ -148,69 +142,101 @@ INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F high
         d[y] = F(dz * c.scale * (1 - u * u));
     }
     if constexpr (!std::is_same_v<T, F>) store(d, n, out);
-    if (out == out_buffer) scatter(out, c.out.class_stride, n, c.out.at<T>(row, at));
 }
 
 // ------------------------------------------------------------------------------------------------- rows
 
-struct Range {  // the rows and the classes of a task
-    int64_t row, row_end, at, end;
-};
-
-INLINE Range range(const Call& c, int64_t task) {
-    const int64_t row = task / c.parts * c.rows_per_task, at = task % c.parts * c.classes_per_task;
-    const int64_t row_end = row + c.rows_per_task, end = at + c.classes_per_task;
-    return {row, row_end < c.N ? row_end : c.N, at, end < c.C ? end : c.C};
-}
-
 INLINE int chunk(int64_t left) { return left < CHUNK ? int(left) : CHUNK; }
 
 template <class T>
-LOOP void statistics(const Call& c, int64_t task) {
-    const Range r = range(c, task);
-    for (int64_t row = r.row; row < r.row_end; ++row) {
-        Found found;
-        if (!c.ignored(row))
-            for (int64_t at = r.at; at < r.end; at += CHUNK)
-                add_chunk<T, Compute<T>>(c, found, row, at, chunk(r.end - at));
-        if (c.parts == 1)
-            finish(c, row, found);
-        else
-            c.found[task] = found;
-    }
+INLINE Found scan(const Call& c, int64_t row, int64_t at, int64_t end) {
+    Found found;
+    if (!c.ignored(row))
+        for (; at < end; at += CHUNK) add_chunk<T, Compute<T>>(c, found, row, at, chunk(end - at));
+    return found;
 }
 
 template <class T>
 INLINE void clear(const Call& c, int64_t row, int64_t at, int64_t end) {
-    char* out = c.out.at<char>(0, 0) + (row * c.out.row_stride + at * c.out.class_stride) * int64_t(sizeof(T));
+    char* out = reinterpret_cast<char*>(c.out.at<T>(row, at));
     const int64_t bytes = (end - at) * int64_t(sizeof(T));
-    if (c.out.class_stride != 1) {
-        for (int64_t i = at; i < end; ++i) *c.out.at<T>(row, i) = T();
-    } else if (c.zeros_begin > out || c.zeros_end < out + bytes) {
-        if (c.past_caches)
-            clear_past_caches(out, bytes);
-        else
-            std::memset(out, 0, size_t(bytes));
-    }
+    if (c.zeros_begin <= out && out + bytes <= c.zeros_end) return;
+    if (c.past_caches)
+        clear_past_caches(out, bytes);
+    else
+        std::memset(out, 0, size_t(bytes));
 }
 
 // lse = high + low, high what F can hold. z - high is exact where it matters, and what is left is a factor per row:
 // p (g - e log p) = e^(z - high) e^-low (g + e low - e (z - high)) = e^(z - high) (a - h (z - high)).
 template <class T>
-LOOP void gradient(const Call& c, int64_t task) {
+INLINE void write_gradient(const Call& c, int64_t row, int64_t at, int64_t end) {
+    if (c.ignored(row)) return clear<T>(c, row, at, end);
+    if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row, at)), (end - at) * int64_t(sizeof(T)));
     using F = Compute<T>;
-    const Range r = range(c, task);
-    for (int64_t row = r.row; row < r.row_end; ++row) {
-        if (c.ignored(row)) {
-            clear<T>(c, row, r.at, r.end);
+    const F high = F(c.lse_in[row]);
+    const double rest = c.lse_in[row] - double(high), low = rest == rest ? rest : 0;  // an infinite lse has none
+    const double factor = std::exp(-low) * c.scale, g_entropy = c.g_entropy[row];
+    const F a = F((c.g_lse[row] + g_entropy * low) * factor), h = F(g_entropy * factor);
+    for (; at < end; at += CHUNK) gradient_chunk<T>(c, row, at, chunk(end - at), high, a, h);
+}
+
+// ------------------------------------------------------------------------------------------------- tasks
+
+// Where the classes do not lie side by side, a tile of rows and classes is copied to where they do, and back. In a
+// transposed matrix each line of memory holds one class of several rows: so it is read once and not once for each row.
+template <class T>
+INLINE Matrix tile_at(T* tile, int64_t row, int64_t at) {  // indexed as the whole matrix is
+    const intptr_t origin = reinterpret_cast<intptr_t>(tile) - (row * CHUNK + at) * int64_t(sizeof(T));
+    return {reinterpret_cast<void*>(origin), CHUNK, 1};
+}
+
+template <class T>
+LOOP void statistics(const Call& c, int64_t task) {
+    const Call::Range r = c.range(task);
+    const int height = c.logits.class_stride == 1 ? 1 : TILE;
+    for (int64_t row = r.row; row < r.row_end; row += height) {
+        if (height == 1) {
+            keep(c, task, row, scan<T>(c, row, r.at, r.end));
             continue;
         }
-        const F high = F(c.lse_in[row]);
-        const double rest = c.lse_in[row] - double(high), low = rest == rest ? rest : 0;  // an infinite lse has none
-        const double factor = std::exp(-low) * c.scale, g_entropy = c.g_entropy[row];
-        const F a = F((c.g_lse[row] + g_entropy * low) * factor), h = F(g_entropy * factor);
-        for (int64_t at = r.at; at < r.end; at += CHUNK)
-            gradient_chunk<T>(c, row, at, chunk(r.end - at), high, a, h);
+        T tile[TILE * CHUNK];
+        Found found[TILE];
+        Call view = c;
+        const int rows = r.row_end - row < TILE ? int(r.row_end - row) : TILE;
+        for (int64_t at = r.at; at < r.end; at += CHUNK) {
+            const int n = chunk(r.end - at);
+            gather(c.logits, row, rows, at, n, tile);
+            view.logits = tile_at(tile, row, at);
+            for (int k = 0; k < rows; ++k) {
+                const Found part = scan<T>(view, row + k, at, at + n);
+                at == r.at ? void(found[k] = part) : merge(found[k], part);
+            }
+        }
+        for (int k = 0; k < rows; ++k) keep(c, task, row + k, found[k]);
+    }
+}
+
+template <class T>
+LOOP void gradient(const Call& c, int64_t task) {
+    const Call::Range r = c.range(task);
+    const bool tiled = c.logits.class_stride != 1 || c.out.class_stride != 1;
+    for (int64_t row = r.row; row < r.row_end; row += tiled ? TILE : 1) {
+        if (!tiled) {
+            write_gradient<T>(c, row, r.at, r.end);
+            continue;
+        }
+        T tile[TILE * CHUNK];
+        Call view = c;
+        view.past_caches = false;
+        const int rows = r.row_end - row < TILE ? int(r.row_end - row) : TILE;
+        for (int64_t at = r.at; at < r.end; at += CHUNK) {
+            const int n = chunk(r.end - at);
+            gather(c.logits, row, rows, at, n, tile);
+            view.logits = view.out = tile_at(tile, row, at);
+            for (int k = 0; k < rows; ++k) write_gradient<T>(view, row + k, at, at + n);
+            scatter(tile, row, rows, at, n, c.out);
+        }
     }
 }
 
