@@ -85,6 +85,7 @@ FLOW = [  # a file imports only from rows below its own
     {"functional"},
     {"_layout"},
     {"_objective"},
+    {"_plain"},
     {"_autograd", "_linear", "_parallel"},
     {"_derivatives"},
     {"_ops"},

@@ -157,7 +157,7 @@ TENSORS = [
     case(
         "dim that does not fit",
         ValueError,
-        "target: expected shape (5,) (or that of input) for dim=0, got input (4, 5) and target (4,)",
+        "target: expected shape (5,) for indices, or that of input for probabilities, got input (4, 5) and target (4,)",
         dim=0,
     ),
     *(

@@ -44,3 +44,20 @@ def test_peak(loss: str, dtype: str, least: float, most: float, backend: str, mo
     monkeypatch.setenv("XENT_BACKEND", backend)
     peaks = (peak_of(loss, SHAPE, dtype, setup="import xent") for _ in range(3))
     assert any(least <= peak <= most for peak in peaks)
+
+
+HVP = """import xent
+def product(logits, target, **options):
+    (g,) = torch.autograd.grad(xent.cross_entropy(logits, target, **options), logits, create_graph=True)
+    torch.autograd.grad(g, logits, logits.detach())
+    return logits[0, 0].sum()
+"""
+
+
+@pytest.mark.parametrize(("options", "most"), [("", 2.1), ("softcap=30.0", 2.15), ("z_loss=0.1", 3.05)])
+def test_hessian_vector_product(options: str, most: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient and the product; beside a z-loss the square of lse adds one of the product's two parts."""
+    monkeypatch.setenv("XENT_BACKEND", backend)
+    loss = f"product(logits, target, {options})"
+    peaks = (peak_of(loss, (1024, 50257), "float32", setup=HVP) for _ in range(3))
+    assert any(1.95 <= peak <= most for peak in peaks)

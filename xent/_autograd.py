@@ -64,11 +64,22 @@ def row_stats(
     return Stats(*[next(found) if yes else None for yes in asked])  # type: ignore[arg-type]
 
 
+def watched(logits: Tensor) -> bool:
+    """Whether a compiler, a transform of torch.func, forward mode or a kind of Tensor of its own looks on."""
+    return (
+        _ops.observed(logits)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(logits)  # left over from a transform that has ended
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def apply(function: type[torch.autograd.Function], with_jvp: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply`, by way of whoever looks on. `with_jvp` is the subclass that knows forward mode.
 
-    Where nobody looks on, half the cost of a small loss is saved: torch binds the arguments to the signature of
-    `forward` by inspection, to fill in defaults that there are none of here.
+    Where nobody looks on, most of the cost of a small loss is saved: a backward that is not itself recorded needs no
+    Function around its work, and torch would bind the arguments to the signature of `forward` by inspection, to fill
+    in defaults that there are none of here.
     """
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp
         return function.apply(*args)  # type: ignore[no-untyped-call]
@@ -80,9 +91,13 @@ def apply(function: type[torch.autograd.Function], with_jvp: type[torch.autograd
                 "take one of the two derivatives in reverse mode, as torch.func.hessian does"
             )
         return with_jvp.apply(*args)  # type: ignore[no-untyped-call]
-    if torch._C._functorch.is_functorch_wrapped_tensor(args[0]):  # left over from a transform that has ended
+    if torch._C._functorch.is_functorch_wrapped_tensor(args[0]):
         args = torch._functorch.utils.unwrap_dead_wrappers(args)
-    return super(torch.autograd.Function, with_jvp).apply(*args)  # type: ignore[misc]
+    if torch.autograd.forward_ad._current_level >= 0:
+        function = with_jvp
+    elif not torch.is_grad_enabled():
+        return function.forward(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def fold(batch: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -137,7 +152,6 @@ class RowStats(torch.autograd.Function):
             ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)  # a statistic that nobody uses costs nothing in backward
         ctx.save_for_backward(logits, target, class_weight, output[0], entropy)
-        ctx.save_for_forward(logits, target, class_weight, output[0], entropy)
 
     @staticmethod
     def backward(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
@@ -188,6 +202,11 @@ class RowStats(torch.autograd.Function):
 
 class RowStatsForwardMode(RowStats):
     """`RowStats` with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        RowStats.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*ctx.to_save)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dq: Tensor | None, dw: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -262,7 +281,6 @@ class RowGrad(torch.autograd.Function):
         *tensors, ctx.reading, inplace = inputs
         if not inplace:  # then nothing is left to derive from; RowStats has refused to be asked
             ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
@@ -281,6 +299,11 @@ class RowGrad(torch.autograd.Function):
 
 class RowGradForwardMode(RowGrad):
     """`RowGrad` with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        RowGrad.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:8])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

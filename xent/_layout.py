@@ -185,26 +185,21 @@ def _check_target_dtype(target: Tensor, soft: bool, ignore_index: int) -> None:
 
 def _class_dim(input: torch.Size, target: torch.Size, dim: int | None) -> int:
     """The class dimension: given, or the only one that fits both shapes."""
-    shapes = f"input {tuple(input)} and target {tuple(target)}"
+    last = len(input) - 1
     if dim is not None:
         if type(dim) is not int:
             raise TypeError(f"dim: expected an int or None, got {dim!r}")
-        if not -len(input) <= dim < len(input):
-            raise IndexError(f"dim: expected a number in [{-len(input)}, {len(input)}), got {dim} for {shapes}")
-        axis = dim % len(input)
-        if target not in (input, input[:axis] + input[axis + 1 :]):
-            expected = tuple(input[:axis] + input[axis + 1 :])
-            raise ValueError(f"target: expected shape {expected} (or that of input) for {dim=}, got {shapes}")
-        return axis
-    if len(input) <= 2:
-        readings = [len(input) - 1] if target in (input, input[:-1]) else []
+        if not -len(input) <= dim <= last:
+            raise IndexError(f"dim: expected a number in [{-len(input)}, {len(input)}), got {dim} for {_pair(input, target)}")
+        axes: tuple[int, ...] = (dim % len(input),)
     else:
-        readings = [axis for axis in (1, len(input) - 1) if target in (input, input[:axis] + input[axis + 1 :])]
+        axes = (1, last) if last > 1 else (last,)
+    readings = [axis for axis in axes if target in (_without(input, axis), input)]
     if len(readings) == 1:
         return readings[0]
+    shapes = _pair(input, target)
     if not readings:
-        axes = (1, len(input) - 1) if len(input) > 2 else (len(input) - 1,)
-        choices = " or ".join(str(tuple(input[:axis] + input[axis + 1 :])) for axis in axes)
+        choices = " or ".join(str(tuple(_without(input, axis))) for axis in axes)
         raise ValueError(
             f"target: expected shape {choices} for indices, or that of input for probabilities, got {shapes}"
         )
@@ -212,6 +207,14 @@ def _class_dim(input: torch.Size, target: torch.Size, dim: int | None) -> int:
         f"dim: {shapes} can be read in two ways, with the classes in dimension 1 ({input[1]} classes, PyTorch's layout)"
         f" or in the last ({input[-1]} classes, a language model's): pass dim=1 or dim=-1"
     )
+
+
+def _pair(input: torch.Size, target: torch.Size) -> str:
+    return f"input {tuple(input)} and target {tuple(target)}"
+
+
+def _without(shape: torch.Size, axis: int) -> torch.Size:
+    return shape[:-1] if axis == len(shape) - 1 else shape[:axis] + shape[axis + 1 :]
 
 
 def _index(target: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from . import _layout, _objective
-from ._autograd import Wanted, row_stats
+from ._autograd import Wanted, row_stats, watched
 from ._backends import Reading, compute_dtype
+from ._plain import plain_loss
 
 
 @_layout.overridable
@@ -110,13 +111,18 @@ def cross_entropy(
 
     class_weight = weight.to(compute_dtype(logits)) if weight is not None and (soft or smooth) else None
     reading = Reading(ignore_index, logit_scale, softcap)
-    stats = row_stats(logits, y, class_weight, reading, Wanted(wsum=smooth, inplace=inplace_backward))
+    wanted = Wanted(wsum=smooth, inplace=inplace_backward)
+    dtype = loss_dtype or _layout.result_dtype(input)
+    if reduction == "mean" and weight is None and not (soft or smooth or z_loss) and not watched(logits):
+        divisor = normalizer if normalizer is not None else _objective.mean_divisor(y, None, ignore_index, on_empty)
+        if not (isinstance(divisor, Tensor) and divisor.requires_grad):
+            return plain_loss(logits, y, divisor, dtype, reading, wanted)
+    stats = row_stats(logits, y, class_weight, reading, wanted)
 
     row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore_index)
     weight_sum = C if weight is None else weight.sum(dtype=stats.lse.dtype)
     losses = _objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss)
 
-    dtype = loss_dtype or _layout.result_dtype(input)
     if reduction == "none":
         return losses.to(dtype).view(shape)
     total = losses.sum()
