@@ -190,7 +190,9 @@ def _class_dim(input: torch.Size, target: torch.Size, dim: int | None) -> int:
         if type(dim) is not int:
             raise TypeError(f"dim: expected an int or None, got {dim!r}")
         if not -len(input) <= dim <= last:
-            raise IndexError(f"dim: expected a number in [{-len(input)}, {len(input)}), got {dim} for {_pair(input, target)}")
+            raise IndexError(
+                f"dim: expected a number in [{-len(input)}, {len(input)}), got {dim} for {_pair(input, target)}"
+            )
         axes: tuple[int, ...] = (dim % len(input),)
     else:
         axes = (1, last) if last > 1 else (last,)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from . import _layout
+from . import _layout, _linear_layout
 from .functional import cross_entropy
+from .linear import linear_cross_entropy
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -89,4 +92,113 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             logit_scale=self.logit_scale,
             loss_dtype=self.loss_dtype,
             inplace_backward=self.inplace_backward,
+        )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    r"""A linear head with its cross-entropy, in nats: :func:`xent.linear_cross_entropy` as a module.
+
+    It owns the head, `linear`, as :class:`torch.nn.LinearCrossEntropyLoss` does, with the same parameters and
+    `state_dict`, and gives :math:`\mathrm{lse}(x) - x_y` of the logits :math:`x = W h + b`, which are never held.
+
+    Args:
+        in_features: D, the size of a hidden state.
+        num_classes: C.
+        out_features: sizes `(d1, ...)` of further dimensions, for each index of which there is a head.
+        bias: whether the head has one.
+        device, dtype: of the head.
+        weight: `(C,)`, a weight for each class; kept as the buffer `weight`.
+        reduction, ignore_index, label_smoothing, normalizer, on_empty, z_loss, softcap, logit_scale, loss_dtype, shift,
+            max_bytes: see :func:`xent.linear_cross_entropy`.
+
+    Shapes:
+        input `(..., D)`; target `(...)`, or `(..., C)` for probabilities; the result is 0-d, or of the target's shape
+        (without the class dimension) for "none".
+
+    Raises:
+        TypeError, ValueError: an option is not of its type or out of its range, when built as when called.
+        TypeError, ValueError, IndexError, RuntimeError: when called, as :func:`xent.linear_cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> loss = xent.LinearCrossEntropyLoss(8, 50, bias=True)
+        >>> value = loss(torch.zeros(2, 6, 8), torch.ones(2, 6, dtype=torch.long))
+        >>> value.backward()
+        >>> loss.linear.weight.grad.shape
+        torch.Size([50, 8])
+
+    Source:
+        As :func:`xent.linear_cross_entropy`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Float[Tensor, " C"] | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        normalizer: float | Tensor | None = None,
+        on_empty: str = "nan",
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        loss_dtype: torch.dtype | None = None,
+        shift: bool = False,
+        max_bytes: int | None = None,
+    ) -> None:
+        ignore = -100 if ignore_index is None else ignore_index
+        _layout.check_options(ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
+        _layout.check_transform(logit_scale, softcap)
+        _linear_layout.check_max_bytes(max_bytes)
+        super().__init__()
+        self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
+        rows = num_classes * math.prod(self.out_features)
+        self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.normalizer = normalizer
+        self.on_empty = on_empty
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.loss_dtype = loss_dtype
+        self.shift = shift
+        self.max_bytes = max_bytes
+
+    def extra_repr(self) -> str:
+        """The options that are not the default's."""
+        return f"num_classes={self.num_classes}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+
+    def forward(self, input: Float[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The loss of a batch; see :func:`xent.linear_cross_entropy`."""
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.view(*shape, self.in_features),
+            target,
+            linear_bias=None if bias is None else bias.view(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            normalizer=self.normalizer,
+            on_empty=self.on_empty,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            loss_dtype=self.loss_dtype,
+            shift=self.shift,
+            max_bytes=self.max_bytes,
         )

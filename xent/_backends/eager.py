@@ -6,17 +6,14 @@ sum) read DRAM once between them, and no second (N, C) tensor ever exists.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from . import Stats, check_range, compute_dtype, scores, slope, split, statistics_dtype
+from . import Stats, advise_huge_pages, check_range, compute_dtype, scores, slope, split, statistics_dtype
 
 CACHE_BYTES = 2 << 20  # of scores per block: what the second-level caches of a few cores hold twice
-HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
 
 ABOUT = "torch operations on blocks of rows, for any device and dtype"
@@ -108,8 +105,7 @@ def logits_grad(
 ) -> Tensor:
     """See `xent._primitives.logits_grad`."""
     if out is None:
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        _advise_huge_pages(out)
+        out = advise_huge_pages(torch.empty_like(logits, memory_format=torch.contiguous_format))
     dtype = compute_dtype(logits)
     high, low = split(lse, dtype)
     # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - high and all of low in the two row vectors.
@@ -149,15 +145,6 @@ def logits_grad(
     if not soft and drop:
         out[(target == ignore_index).nonzero()[:, 0]] = 0
     return out
-
-
-def _advise_huge_pages(out: Tensor) -> None:
-    """Ask Linux for pages of 2 MB: faulting in a large fresh tensor by 4 kB takes as long as all arithmetic on it."""
-    if sys.platform != "linux" or type(out) is not Tensor or out.device.type != "cpu" or out.nbytes < 8 * HUGE_PAGE:
-        return
-    begin = -(-out.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    length = (out.data_ptr() + out.nbytes) // HUGE_PAGE * HUGE_PAGE - begin
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_HUGEPAGE)  # a refusal costs nothing
 
 
 def _weighted(coefficient: Tensor, class_weight: Tensor | None) -> Tensor:

@@ -1,0 +1,221 @@
+"""The losses of a linear head, from hidden states, without the logits."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from . import _layout, _linear_layout, _objective
+from ._backends import Reading, statistics_dtype
+from ._blocks import Head
+from ._linear import linear_loss, linear_stats
+from .functional import TokenStats
+
+
+@_layout.overridable
+def linear_cross_entropy(
+    input: Float[Tensor, "... D"],
+    linear_weight: Float[Tensor, "C ... D"],
+    target: Shaped[Tensor, "..."],
+    *,
+    linear_bias: Float[Tensor, "C ..."] | None = None,
+    weight: Float[Tensor, " C"] | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    on_empty: str = "nan",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    shift: bool = False,
+    max_bytes: int | None = None,
+) -> Float[Tensor, "..."]:
+    r"""Cross-entropy, in nats, of the logits :math:`x = W h + b` of a linear head, which are never held.
+
+    The loss is that of :func:`xent.cross_entropy`, :math:`\mathrm{lse}(x) - x_y` with all its options, for hidden
+    states `h`. Rows are taken in blocks whose logits fit in `max_bytes`; those of ignored targets are left out before
+    the first matrix product. For "mean" and "sum" the gradients are computed in forward, block by block, by three
+    products in all (:math:`x = h W^\top`, :math:`dh = G W`, :math:`dW = G^\top h`), and backward only scales them; for
+    "none" backward computes each block's logits again, four products. No gradient is computed that nobody asks for.
+
+    Beside the gradients this needs `max_bytes` and a few MB, however many rows there are; with half-precision heads a
+    float32 sum of the head's gradient too, which is rounded once at the end.
+
+    The arguments that :func:`torch.nn.functional.linear_cross_entropy` has mean what they mean there.
+
+    Args:
+        input: hidden states `(..., D)`, of any floating dtype.
+        linear_weight: `(C, D)`, of input's dtype (under autocast any). Or `(C, d1, ..., D)`, a head for each index of
+            the further dimensions, for input `(N, D)`.
+        target: class indices `(...)` in `[0, C)`; or probabilities `(..., C)`, which may not require grad. With
+            further dimensions `(N, d1, ...)` or `(N, C, d1, ...)`.
+        linear_bias: `(C)` or `(C, d1, ...)`, added to the logits; -inf masks a class.
+        weight: `(C,)`, a weight for each class.
+        reduction: "mean", "sum" or "none".
+        ignore_index: positions with this target are left out, whatever they hold. None is -100.
+        label_smoothing, normalizer, on_empty, z_loss, softcap, logit_scale: see :func:`xent.cross_entropy`.
+        loss_dtype: dtype of the result. None is `input`'s (float32 under autocast).
+        shift: predict the next position: `input[..., :-1, :]` against `target[..., 1:]`, without a copy of either.
+        max_bytes: what the logits of one block may take; at least one row is taken. None is 72 MiB.
+
+    Returns:
+        A 0-d tensor, or for "none" one loss for each position, of the target's shape without the class dimension (with
+        `shift`, one position less).
+
+    Raises:
+        TypeError: an argument is not of its type, or a DTensor that is not gathered.
+        ValueError: shapes do not fit each other, or an option is out of its range.
+        IndexError: a target is outside `[0, C)` and not `ignore_index`.
+        RuntimeError: dtypes or devices differ; `weight` or a probability target requires grad.
+        NotImplementedError: under vmap and forward-mode differentiation; and when a gradient that was computed with
+            `create_graph=True` is differentiated again.
+
+    Example:
+        >>> import torch, xent
+        >>> _ = torch.manual_seed(0)
+        >>> h = torch.randn(2, 6, 8, requires_grad=True)           # (B, T, D)
+        >>> W = torch.randn(50, 8, requires_grad=True)             # (V, D)
+        >>> target = torch.randint(50, (2, 6))
+        >>> loss = xent.linear_cross_entropy(h, W, target)
+        >>> torch.allclose(loss, xent.cross_entropy(h @ W.T, target))
+        True
+        >>> loss.backward()
+        >>> h.grad.shape, W.grad.shape
+        (torch.Size([2, 6, 8]), torch.Size([50, 8]))
+
+    Source:
+        Gradients in forward, block by block: Hsu et al., Liger Kernel, 2024, arXiv:2410.10989; logits that never reach
+        memory: Wijmans et al., Cut Your Losses, 2024, arXiv:2411.09009.
+    """
+    ignore = -100 if ignore_index is None else ignore_index
+    _layout.check_options(ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
+    _layout.check_transform(logit_scale, softcap)
+    budget = _linear_layout.check_max_bytes(max_bytes)
+    rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore)
+    C, hidden = len(linear_weight), rows.hidden
+    soft = rows.heads[0][2].is_floating_point()
+    _layout.check_weight(weight, C, input, False)
+    _layout.check_normalizer_device(normalizer, input)
+
+    head = Head(Reading(ignore, logit_scale, softcap), rows.dtype, budget, rows.shift, label_smoothing, z_loss)
+    dtype = loss_dtype or _layout.result_dtype(input)
+    if reduction == "none":
+        weight_sum = C if weight is None else weight.sum(dtype=statistics_dtype(input.device))
+        losses = []
+        for W, b, y in rows.heads:
+            stats = linear_stats(hidden, W, b, y, weight, head)
+            row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore)
+            losses.append(_objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss))
+        found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
+        return found.to(dtype).view(rows.shape)[..., : -1 if shift else None]
+
+    divisor = _divisor(rows, reduction, weight, ignore, normalizer, on_empty)
+    scale = 1 / divisor.detach().to(statistics_dtype(input.device))
+    total = torch.stack([linear_loss(hidden, W, b, y, scale, weight, head) for W, b, y in rows.heads]).sum()
+    if divisor.requires_grad:
+        total = total * (divisor.detach() / divisor)
+    return total.to(dtype)
+
+
+def _divisor(
+    rows: _linear_layout.LinearRows,
+    reduction: str,
+    weight: Tensor | None,
+    ignore_index: int,
+    normalizer: float | Tensor | None,
+    on_empty: str,
+) -> Tensor:
+    """What the sum over all rows of all heads is divided by, known before the first block."""
+    target = rows.heads[0][2] if len(rows.heads) == 1 else torch.cat([y for _, _, y in rows.heads])
+    if reduction == "sum":
+        found: float | Tensor = 1
+    elif normalizer is not None:
+        found = normalizer
+    else:
+        if target.is_floating_point() and rows.shift:
+            target = target[: len(target) // rows.shift * (rows.shift - 1)]
+        soft = target.is_floating_point()
+        row_weight = None if weight is None or soft else _objective.row_weights(target, weight, ignore_index)
+        found = _objective.mean_divisor(target, row_weight, ignore_index, on_empty)
+    return found if isinstance(found, Tensor) else torch.full((), found, device=target.device, dtype=torch.float64)
+
+
+@_layout.overridable
+def linear_token_stats(
+    input: Float[Tensor, "... D"],
+    linear_weight: Float[Tensor, "C D"],
+    target: Int[Tensor, "..."],
+    *,
+    linear_bias: Float[Tensor, " C"] | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    prediction: bool = False,
+    shift: bool = False,
+    max_bytes: int | None = None,
+) -> TokenStats:
+    r"""Per-token statistics, in nats, of the logits :math:`x = W h + b` of a linear head, which are never held.
+
+    With :math:`z` the scaled and capped logits: :math:`\mathrm{log\_prob} = z_y - \mathrm{lse}`,
+    :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, the entropy and the prediction, as :func:`xent.token_stats` has them.
+    Whatever is built on them, backward computes each block of logits once more: four matrix products in all.
+
+    Args:
+        input: hidden states `(..., D)`, of any floating dtype.
+        linear_weight: `(C, D)`, of input's dtype (under autocast any).
+        target: class indices `(...)`, of any integer dtype.
+        linear_bias: `(C,)`, added to the logits.
+        ignore_index: a position with this target is left out: its log_prob, lse and entropy are 0, its prediction -1,
+            its gradient 0.
+        softcap, logit_scale: see :func:`xent.cross_entropy`.
+        entropy, prediction: whether to compute them; the lowest of equal classes is predicted.
+        shift: statistics of `target[..., 1:]` from `input[..., :-1, :]`; the results have one position less.
+        max_bytes: what the logits of one block may take; at least one row is taken. None is 72 MiB.
+
+    Returns:
+        TokenStats(log_prob, lse, entropy, prediction), float32 (float64 for float64; the prediction int64).
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`linear_cross_entropy`; a target
+            of probabilities is refused.
+
+    Example:
+        >>> import torch, xent
+        >>> _ = torch.manual_seed(0)
+        >>> h, W, target = torch.randn(2, 6, 8), torch.randn(50, 8), torch.randint(50, (2, 6))
+        >>> stats = xent.linear_token_stats(h, W, target, prediction=True)
+        >>> torch.allclose(stats.log_prob, xent.token_stats(h @ W.T, target).log_prob, atol=1e-6)
+        True
+        >>> bool((stats.prediction == (h @ W.T).argmax(-1)).all())
+        True
+
+    Source:
+        As :func:`linear_cross_entropy`.
+    """
+    _layout.check_ignore_index(ignore_index)
+    _layout.check_transform(logit_scale, softcap)
+    budget = _linear_layout.check_max_bytes(max_bytes)
+    rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index)
+    (weight, bias, y), *others = rows.heads
+    if others or linear_weight.dim() > 2:
+        raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
+    if y.is_floating_point():
+        raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
+    reading = Reading(ignore_index, logit_scale, softcap)
+    head = Head(reading, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction)
+    stats = linear_stats(rows.hidden, weight, bias, y, None, head)
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+    def shaped(numbers: Tensor) -> Tensor:
+        return numbers.view(rows.shape)[..., : -1 if shift else None]
+
+    return TokenStats(
+        log_prob=shaped((stats.picked - stats.lse).to(dtype)),
+        lse=shaped(stats.lse.to(dtype)),
+        entropy=None if stats.entropy is None else shaped(stats.entropy.to(dtype)),
+        prediction=None if stats.argmax is None else shaped(stats.argmax),
+    )
