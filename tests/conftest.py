@@ -12,7 +12,19 @@ from beartype import BeartypeConf, beartype
 typed = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # All that is public or a primitive. Not the Functions, which torch's compiler must be able to read.
-CHECKED = [f"xent.{name}" for name in ("functional", "modules", "_layout", "_objective", "_primitives", "_backends")]
+CHECKED = [
+    f"xent.{name}"
+    for name in (
+        "functional",
+        "linear",
+        "modules",
+        "_layout",
+        "_linear_layout",
+        "_objective",
+        "_primitives",
+        "_backends",
+    )
+]
 
 with jaxtyping.install_import_hook(CHECKED, "conftest.typed"):
     from xent import _primitives

@@ -70,3 +70,35 @@ def test_samples_of_the_module(dtype: torch.dtype) -> None:
         assert_like(found, x, expected, y)
         count += 1
     assert count > 20
+
+
+LINEAR = next(op for op in op_db if op.name == "nn.functional.linear_cross_entropy" and not op.variant_test_name)
+
+
+@every_dtype
+def test_samples_of_the_linear_function(dtype: torch.dtype) -> None:
+    """Against float64 where torch's own answer is of half precision: rounded logits are not the truth."""
+    count = 0
+    for sample in LINEAR.sample_inputs("cpu", dtype, requires_grad=True):
+        options = {name: value for name, value in sample.kwargs.items() if name != "options"}
+        weight, target = sample.args
+        bias = options.pop("linear_bias", None)
+        ours = [t if t is None else t.detach().requires_grad_() for t in (sample.input, weight, bias)]
+        theirs = [t if t is None else no_smaller(t.detach()).requires_grad_() for t in (sample.input, weight, bias)]
+        found = xent.linear_cross_entropy(ours[0], ours[1], target.detach(), linear_bias=ours[2], **options)
+        truth = {**options, "weight": no_smaller(options.get("weight"))}
+        expected = nn.functional.linear_cross_entropy(
+            theirs[0], theirs[1], no_smaller(target.detach()), linear_bias=theirs[2], **truth
+        )
+        assert found.dtype == dtype
+        rtol = 2 * TOLERANCE[dtype] * (4 if dtype.itemsize == 2 else 1)  # the logits are rounded, too
+        scale = max(t.detach().abs().max().item() for t in ours if t is not None) ** 2
+        torch.testing.assert_close(found, expected.to(dtype), rtol=rtol, atol=rtol * scale)
+        upstream = torch.rand_like(found)
+        leaves = [[t for t in side if t is not None] for side in (ours, theirs)]
+        grads = torch.autograd.grad(found, leaves[0], upstream)
+        truths = torch.autograd.grad(expected, leaves[1], upstream.to(expected.dtype))
+        for grad, true in zip(grads, truths, strict=True):
+            torch.testing.assert_close(grad, true.to(dtype), rtol=rtol, atol=rtol * scale * max(1, upstream.numel()))
+        count += 1
+    assert count > 60

@@ -181,17 +181,13 @@ def loss_and_grads(
         row_weight = None
         if class_weight is not None and not target.is_floating_point():
             row_weight = _objective.row_weights(block.target, class_weight, head.reading.ignore_index)
-        with torch.enable_grad():  # the formula's own derivatives are the upstream vectors of this block
-            leaves = [None if n is None else n.detach().requires_grad_() for n in (stats.lse, stats.picked, stats.wsum)]
-            lse, picked, wsum = leaves
-            asked = stats._replace(lse=lse, picked=picked, wsum=wsum)  # type: ignore[arg-type]
-            loss = _objective.row_losses(asked, row_weight, weight_sum, C, head.label_smoothing, head.z_loss).sum()
-        total += loss.detach() * scale
+        formula = (stats, row_weight, weight_sum, C, head.label_smoothing, head.z_loss)
+        total += _objective.row_losses(*formula).sum() * scale
         if any(needs):
-            unit = torch.ones_like(loss) if head.dtype == torch.float16 else scale
-            upstream = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None], unit, allow_unused=True)
-            g = [torch.zeros_like(stats.lse) if part is None else part for part in upstream]
-            grads.add(block, stats.lse, w, (*g, *[None] * (4 - len(g))))
+            g = _objective.row_upstream(*formula)
+            if head.dtype != torch.float16:
+                g = tuple(None if part is None else part * scale for part in g)  # type: ignore[assignment]
+            grads.add(block, stats.lse, w, (*g, None))
     return [total, *grads.found()]
 
 

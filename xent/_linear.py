@@ -17,6 +17,10 @@ from ._backends import Reading, Stats, advise_huge_pages, statistics_dtype
 from ._blocks import Head, Maybe
 
 Needs = tuple[bool, bool, bool]
+TWICE = (
+    "double backward of a linear head with its loss: its logits are gone; for higher derivatives use "
+    "xent.cross_entropy(torch.nn.functional.linear(input, linear_weight), target)"
+)
 
 
 def linear_loss(
@@ -87,10 +91,10 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 8
-        *sources, scale = ctx.saved_tensors[:4]
+        hidden, weight, bias, scale, *grads = ctx.saved_tensors
+        sources, left = (hidden, weight, bias), iter(grads)
         if ctx.unscaled:
             g = g * torch.where(scale.isinf(), 0, scale)  # 1 / 0 where no row counts
-        left = iter(ctx.saved_tensors[4:])
         found = [None if dtype is None else _scaled(next(left), g, dtype, sources) for dtype in ctx.dtypes]
         return *found, *[None] * 5
 
@@ -104,7 +108,7 @@ def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype, sources: Sequence[Maybe
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if keeps is None or keeps():
         return (grad * g).to(dtype)
-    if g.device.type != "cpu" or g != 1:  # elsewhere, to look at it would make the host wait
+    if g.device.type != "cpu" or _ops.observed(g) or g != 1:  # elsewhere, to look at it would make the host wait
         grad.mul_(g)
     return grad if grad.dtype == dtype else advise_huge_pages(torch.empty_like(grad, dtype=dtype)).copy_(grad)
 
@@ -129,10 +133,7 @@ class OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[None, ...]:
-        raise NotImplementedError(
-            "double backward of a linear head with its loss: its logits are gone; for higher derivatives use "
-            "xent.cross_entropy(torch.nn.functional.linear(input, linear_weight), target)"
-        )
+        raise NotImplementedError(TWICE)
 
 
 class LinearStats(torch.autograd.Function):
@@ -168,16 +169,45 @@ class LinearStats(torch.autograd.Function):
         g_picked = torch.zeros_like(lse) if g_picked is None else g_picked
         if g_entropy is not None:  # the part of the entropy's gradient that is one number per row
             g_lse = g_lse - g_entropy * entropy
-        needs = ctx.needs_input_grad[:3]
+        sources, needs = (hidden, weight, bias), ctx.needs_input_grad[:3]
+        upstream = (g_lse, g_picked, g_wsum, g_entropy)
+        left = iter(LinearGrads.apply(*sources, target, lse, *upstream, class_weight, ctx.head, needs))  # type: ignore[no-untyped-call]
+        return *[next(left) if needed else None for needed in needs], None, None, None
+
+
+class LinearGrads(torch.autograd.Function):
+    """The gradients of hidden, weight and bias that are wanted, from numbers per row; not differentiable again."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Maybe,
+        target: Tensor,
+        lse: Tensor,
+        g_lse: Tensor,
+        g_picked: Tensor,
+        g_wsum: Maybe,
+        g_entropy: Maybe,
+        class_weight: Maybe,
+        head: Head,
+        needs: Needs,
+    ) -> tuple[Tensor, ...]:
         arguments = (hidden, weight, bias, target, lse, [g_lse, g_picked, g_wsum, g_entropy], class_weight)
-        with torch.no_grad():
-            if _ops.observed(hidden) or _ops.observed(weight):
-                grads = torch.ops.xent.linear_stats_grads(*arguments, *ctx.head.reading, *ctx.head[1:], list(needs))
-            else:
-                grads = _blocks.stats_grads(*arguments, ctx.head, needs)
-            sources, left = (hidden, weight, bias), iter(grads)
-            found = [next(left).to(t.dtype) if needed else None for t, needed in zip(sources, needs, strict=True)]
-        return *[None if grad is None else once_differentiable(grad, sources) for grad in found], None, None, None
+        if _ops.observed(hidden) or _ops.observed(weight):
+            grads = torch.ops.xent.linear_stats_grads(*arguments, *head.reading, *head[1:], list(needs))
+        else:
+            grads = _blocks.stats_grads(*arguments, head, needs)
+        dtypes = [t.dtype for t, needed in zip((hidden, weight, bias), needs, strict=True) if needed and t is not None]
+        return tuple(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        raise NotImplementedError(TWICE)
 
 
 # ---------------------------------------------------------------------------------------------------- operators

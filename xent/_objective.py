@@ -12,6 +12,7 @@ mean divides by N. Rows that are ignored have lse = picked = wsum = 0: every ter
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._backends import Stats, statistics_dtype
@@ -36,6 +37,23 @@ def row_losses(
         gone = mass is not None and label_smoothing == 1  # q is mixed first: of a q that is gone, not even 0 * inf
         loss = smooth if gone else (1 - label_smoothing) * loss + smooth
     return loss if z_loss == 0 else loss + z_loss * lse**2
+
+
+def row_upstream(
+    stats: Stats, row_weight: Tensor | None, weight_sum: float | Tensor, C: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Derivatives of `row_losses` with respect to lse, picked and wsum, for whoever needs them without autograd."""
+    lse, _, mass, wsum, *_ = stats
+    keep = 1 - label_smoothing
+    of_target = mass if mass is not None else row_weight  # None where all are 1
+    g_lse = torch.full_like(lse, keep) if of_target is None else keep * of_target
+    g_picked = -torch.full_like(lse, keep) if mass is not None or row_weight is None else -keep * row_weight
+    g_wsum = None
+    if wsum is not None:
+        g_lse, g_wsum = g_lse + label_smoothing / C * weight_sum, torch.full_like(lse, -label_smoothing / C)
+    if z_loss != 0:
+        g_lse = g_lse + 2 * z_loss * lse
+    return g_lse, g_picked, g_wsum
 
 
 def mean_divisor(target: Tensor, row_weight: Tensor | None, ignore_index: int, on_empty: str) -> int | Tensor:

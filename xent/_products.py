@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLICE_BYTES = 6 << 20  # of the float32 copy of a part of the logits' gradient
+SLICE_BYTES = 4 << 20  # of the float32 copy of a part of the logits' gradient
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

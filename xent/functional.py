@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from . import _layout, _objective
@@ -166,7 +166,7 @@ class TokenStats(NamedTuple):
 @_layout.overridable
 def token_stats(
     input: Float[Tensor, "..."],
-    target: Int[Tensor, "..."],
+    target: Integer[Tensor, "..."],
     *,
     dim: int | None = None,
     ignore_index: int = -100,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from . import _layout, _linear_layout, _objective
@@ -110,7 +110,7 @@ def linear_cross_entropy(
             row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore)
             losses.append(_objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss))
         found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
-        return found.to(dtype).view(rows.shape)[..., : -1 if shift else None]
+        return _shaped(found.to(dtype), rows)
 
     divisor = _divisor(rows, reduction, weight, ignore, normalizer, on_empty)
     scale = 1 / divisor.detach().to(statistics_dtype(input.device))
@@ -147,7 +147,7 @@ def _divisor(
 def linear_token_stats(
     input: Float[Tensor, "... D"],
     linear_weight: Float[Tensor, "C D"],
-    target: Int[Tensor, "..."],
+    target: Integer[Tensor, "..."],
     *,
     linear_bias: Float[Tensor, " C"] | None = None,
     ignore_index: int = -100,
@@ -194,7 +194,7 @@ def linear_token_stats(
         True
 
     Source:
-        As :func:`linear_cross_entropy`.
+        As :func:`linear_cross_entropy` (Wijmans et al., 2024).
     """
     _layout.check_ignore_index(ignore_index)
     _layout.check_transform(logit_scale, softcap)
@@ -210,12 +210,15 @@ def linear_token_stats(
     stats = linear_stats(rows.hidden, weight, bias, y, None, head)
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
 
-    def shaped(numbers: Tensor) -> Tensor:
-        return numbers.view(rows.shape)[..., : -1 if shift else None]
-
     return TokenStats(
-        log_prob=shaped((stats.picked - stats.lse).to(dtype)),
-        lse=shaped(stats.lse.to(dtype)),
-        entropy=None if stats.entropy is None else shaped(stats.entropy.to(dtype)),
-        prediction=None if stats.argmax is None else shaped(stats.argmax),
+        log_prob=_shaped((stats.picked - stats.lse).to(dtype), rows),
+        lse=_shaped(stats.lse.to(dtype), rows),
+        entropy=None if stats.entropy is None else _shaped(stats.entropy.to(dtype), rows),
+        prediction=None if stats.argmax is None else _shaped(stats.argmax, rows),
     )
+
+
+def _shaped(numbers: Tensor, rows: _linear_layout.LinearRows) -> Tensor:
+    """One number per position, without the last one of each sequence, which predicts nothing."""
+    numbers = numbers.view(rows.shape)
+    return numbers[..., :-1] if rows.shift else numbers

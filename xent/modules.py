@@ -128,7 +128,7 @@ class LinearCrossEntropyLoss(nn.Module):
         torch.Size([50, 8])
 
     Source:
-        As :func:`xent.linear_cross_entropy`.
+        As :func:`xent.linear_cross_entropy` (Wijmans et al., 2024).
     """
 
     weight: Tensor | None
