@@ -25,6 +25,7 @@ logits of its row, autograd knows from `RowStats`. Higher derivatives follow, wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -154,43 +155,11 @@ class RowStats(torch.autograd.Function):
         ctx.save_for_backward(logits, target, class_weight, output[0], entropy)
 
     @staticmethod
-    def backward(ctx: Any, g_lse: Tensor | None, g_picked: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
-        if all(g is None for g in (g_lse, g_picked, *more)):
-            return (None,) * 5
-        logits, target, class_weight, lse, entropy = ctx.saved_tensors
-        others = iter(more)
-        g_mass = next(others) if target.is_floating_point() else None
-        g_wsum = next(others) if ctx.wanted.wsum else None
-        g_entropy = next(others) if ctx.wanted.entropy else None
-        g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
-        g_picked = torch.zeros_like(lse) if g_picked is None else g_picked
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        def gradient(*arguments: Any) -> Tensor:
+            return apply(RowGrad, RowGradForwardMode, *arguments)  # type: ignore[no-any-return]
 
-        d_logits = d_target = d_weight = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_target, d_weight = _coefficient_grads(ctx, g_mass, g_picked, g_wsum)
-        if ctx.needs_input_grad[0]:
-            if g_entropy is not None:  # the part of the entropy's gradient that is one number per row
-                g_lse = g_lse - g_entropy * entropy
-            if ctx.wanted.inplace and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "inplace_backward=True: the gradient replaces the logits, so it cannot be differentiated again; "
-                    "use inplace_backward=False with create_graph=True and torch.func"
-                )
-            d_logits = apply(
-                RowGrad,
-                RowGradForwardMode,
-                logits,
-                target,
-                lse,
-                g_lse,
-                g_picked,
-                g_wsum,
-                g_entropy,
-                class_weight,
-                ctx.reading,
-                ctx.wanted.inplace,
-            )
-        return d_logits, d_target, d_weight, None, None
+        return *stats_backward(ctx, gradient, *grads), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -217,6 +186,36 @@ class RowStatsForwardMode(RowStats):
         return *[tangent for tangent in tangents if tangent is not None], *[None] * ctx.wanted.argmax
 
 
+def stats_backward(
+    ctx: Any, gradient: Callable[..., Tensor], g_lse: Tensor | None, g_picked: Tensor | None, *more: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of logits, target and class weight; the logits' by `gradient`, as `RowGrad` has it."""
+    if all(g is None for g in (g_lse, g_picked, *more)):
+        return None, None, None
+    logits, target, class_weight, lse, entropy = ctx.saved_tensors[:5]
+    others = iter(more)
+    g_mass = next(others) if target.is_floating_point() else None
+    g_wsum = next(others) if ctx.wanted.wsum else None
+    g_entropy = next(others) if ctx.wanted.entropy else None
+    g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
+    g_picked = torch.zeros_like(lse) if g_picked is None else g_picked
+
+    d_logits = d_target = d_weight = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        d_target, d_weight = _coefficient_grads(ctx, g_mass, g_picked, g_wsum)
+    if ctx.needs_input_grad[0]:
+        if g_entropy is not None:  # the part of the entropy's gradient that is one number per row
+            g_lse = g_lse - g_entropy * entropy
+        if ctx.wanted.inplace and torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace_backward=True: the gradient replaces the logits, so it cannot be differentiated again; "
+                "use inplace_backward=False with create_graph=True and torch.func"
+            )
+        upstream = (lse, g_lse, g_picked, g_wsum, g_entropy)
+        d_logits = gradient(logits, target, *upstream, class_weight, ctx.reading, ctx.wanted.inplace)
+    return d_logits, d_target, d_weight
+
+
 def _coefficient_grads(
     ctx: Any, g_mass: Tensor | None, g_picked: Tensor, g_wsum: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -224,7 +223,7 @@ def _coefficient_grads(
 
     dq_c = w_c (g_mass + g_picked z_c), where z_c is measured from lse so that the large numbers cancel per row.
     """
-    logits, q, w, lse, _ = ctx.saved_tensors
+    logits, q, w, lse, _ = ctx.saved_tensors[:5]
     z = scores(logits, ctx.reading.scale, ctx.reading.softcap)
     high, low = split(lse.detach(), z.dtype)
     g = g_picked.to(z.dtype)[:, None]

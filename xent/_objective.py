@@ -26,7 +26,12 @@ def row_weights(target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
 
 
 def row_losses(
-    stats: Stats, row_weight: Tensor | None, weight_sum: float | Tensor, C: int, label_smoothing: float, z_loss: float
+    stats: Stats,
+    row_weight: Tensor | None,
+    weight_sum: float | Tensor,
+    C: int | Tensor,
+    label_smoothing: float,
+    z_loss: float,
 ) -> Tensor:
     """loss_n (N,), in nats, in the statistics' dtype. `row_weight` is w_y, or None where all are 1."""
     lse, picked, mass, wsum, *_ = stats
