@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 from beartype import BeartypeConf, beartype
+from ranks import Ranks
 
 # What the import hook puts on every function of xent. The numeric tower: an int will do where a float is asked for.
 typed = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -52,3 +53,11 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four processes on gloo, for all tests that need some."""
+    processes = Ranks(4)
+    yield processes
+    processes.stop()

@@ -99,18 +99,24 @@ def check_transform(logit_scale: float, softcap: float | None) -> None:
             raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
 
 
-def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool) -> None:
-    """A class weight is floating and of shape (C,); beside index targets a constant."""
+def check_weight(weight: Tensor | None, logits: Tensor, soft: bool, sharded: bool) -> None:
+    """A class weight is floating and of shape (C,); beside index targets a constant.
+
+    Where the classes are spread over ranks, C is known only later, and a weight is a constant always.
+    """
     if weight is None:
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
-    if weight.shape != (classes,):
+    classes = logits.shape[1]
+    if weight.shape != (classes,) and not (sharded and weight.dim() == 1):
         raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise RuntimeError(f"weight: expected a floating dtype, got {weight.dtype}")
     if weight.device != logits.device:
         raise RuntimeError(f"weight: expected a tensor on {logits.device} like input, got one on {weight.device}")
+    if weight.requires_grad and sharded:
+        raise RuntimeError("weight: is not differentiated over a group and may not require grad; detach it")
     if weight.requires_grad and not soft:
         raise RuntimeError("weight: is not differentiated with class indices and may not require grad; detach it")
 
@@ -129,7 +135,7 @@ def to_rows(input: Tensor, target: Tensor, dim: int | None, ignore_index: int, i
     soft = input.shape == target.shape
     _check_target_dtype(target, soft, ignore_index)
 
-    axis = _class_dim(input.shape, target.shape, dim)
+    axis = class_dim(input.shape, target.shape, dim)
     C = input.shape[axis]
     if input.dim() == 2 and axis == 1 and not inplace:  # already rows
         return Rows(input, target if soft else _index(target), target.shape[:1])
@@ -183,7 +189,7 @@ def _check_target_dtype(target: Tensor, soft: bool, ignore_index: int) -> None:
         raise RuntimeError(f"target: expected class indices of dtype {names}, got {target.dtype}")
 
 
-def _class_dim(input: torch.Size, target: torch.Size, dim: int | None) -> int:
+def class_dim(input: torch.Size, target: torch.Size, dim: int | None) -> int:
     """The class dimension: given, or the only one that fits both shapes."""
     last = len(input) - 1
     if dim is not None:

@@ -7,14 +7,19 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import _layout, _objective
 from ._autograd import Wanted, row_stats, watched
 from ._backends import Reading, compute_dtype
+from ._dtensor import distributed
+from ._exchange import Excused
+from ._parallel import parallel_stats
 from ._plain import plain_loss
 
 
 @_layout.overridable
+@distributed
 def cross_entropy(
     input: Float[Tensor, "..."],
     target: Shaped[Tensor, "..."],
@@ -31,6 +36,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, "..."]:
     r"""Cross-entropy between logits and targets, in nats.
 
@@ -67,6 +73,12 @@ def cross_entropy(
             arithmetic on single logits is in float32 (float64 for float64), on rows and their sums in float64.
         inplace_backward: let backward write the gradient over the logits, so that it needs no memory of its own. The
             logits are gone then: a second use of them raises, as after any in-place operation.
+        group: the ranks over which the classes are spread: `input` holds some of them on each rank (probabilities and,
+            if it has their length, `weight`, too), in the order of the ranks, not necessarily as many as on another;
+            the target's indices are those of all classes, and the same on each rank. Each gets the same loss, the one
+            of all classes, and the gradient of its own logits. Forward is one all-gather of a few numbers per
+            position, backward needs none. A `DTensor` sharded over the classes knows its group, and the loss is a
+            `DTensor` as well: the mean over its whole batch.
 
     Returns:
         A 0-d tensor, or for "none" one loss for each position, of the target's shape without the class dimension.
@@ -79,6 +91,9 @@ def cross_entropy(
         RuntimeError: a dtype is not among those above, devices differ, `weight` requires grad beside class
             indices; `inplace_backward` meets logits that are not rows in memory of
             their own, or `create_graph=True`; in backward, the logits were modified.
+        NotImplementedError: a second derivative or forward mode, over a `group`.
+        With `group`, every rank raises what one of them meets, and the error names the ranks: a ValueError if their
+        arguments do not fit each other, a RuntimeError if the transport failed or a rank never came.
 
     Example:
         >>> import torch, xent
@@ -101,26 +116,31 @@ def cross_entropy(
         2016, arXiv:1512.00567; z-loss: Chowdhery et al., 2022, arXiv:2204.02311; softcap: Gemma 2, 2024,
         arXiv:2408.00118. The one-pass stable lse: Milakov and Gimelshein, 2018, arXiv:1805.02867.
     """
-    _layout.check_options(ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
-    _layout.check_transform(logit_scale, softcap)
-    logits, y, shape = _layout.to_rows(input, target, dim, ignore_index, inplace_backward)
-    C = logits.shape[1]
-    soft, smooth = y.is_floating_point(), label_smoothing > 0
-    _layout.check_weight(weight, C, logits, soft)
-    _layout.check_normalizer_device(normalizer, logits)
+    with Excused(group, input):
+        _layout.check_options(ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
+        _layout.check_transform(logit_scale, softcap)
+        logits, y, shape = _layout.to_rows(input, target, dim, ignore_index, inplace_backward)
+        soft, smooth = y.is_floating_point(), label_smoothing > 0
+        _layout.check_weight(weight, logits, soft, sharded=group is not None)
+        _layout.check_normalizer_device(normalizer, logits)
 
-    class_weight = weight.to(compute_dtype(logits)) if weight is not None and (soft or smooth) else None
     reading = Reading(ignore_index, logit_scale, softcap)
     wanted = Wanted(wsum=smooth, inplace=inplace_backward)
     dtype = loss_dtype or _layout.result_dtype(input)
-    if reduction == "mean" and weight is None and not (soft or smooth or z_loss) and not watched(logits):
+    plain = group is None and reduction == "mean" and weight is None and not (soft or smooth or z_loss)
+    if plain and not watched(logits):
         divisor = normalizer if normalizer is not None else _objective.mean_divisor(y, None, ignore_index, on_empty)
         if not (isinstance(divisor, Tensor) and divisor.requires_grad):
             return plain_loss(logits, y, divisor, dtype, reading, wanted)
-    stats = row_stats(logits, y, class_weight, reading, wanted)
 
-    row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore_index)
-    weight_sum = C if weight is None else weight.sum(dtype=stats.lse.dtype)
+    if group is None:
+        C: int | Tensor = logits.shape[1]
+        class_weight = weight.to(compute_dtype(logits)) if weight is not None and (soft or smooth) else None
+        stats = row_stats(logits, y, class_weight, reading, wanted)
+        row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore_index)
+        weight_sum = C if weight is None else weight.sum(dtype=stats.lse.dtype)
+    else:
+        stats, C, row_weight, weight_sum = parallel_stats(logits, y, weight, group, reading, wanted)
     losses = _objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss)
 
     if reduction == "none":
@@ -164,6 +184,7 @@ class TokenStats(NamedTuple):
 
 
 @_layout.overridable
+@distributed
 def token_stats(
     input: Float[Tensor, "..."],
     target: Integer[Tensor, "..."],
@@ -174,6 +195,7 @@ def token_stats(
     logit_scale: float = 1.0,
     entropy: bool = False,
     prediction: bool = False,
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     r"""Per-token log-probability, log-normaliser, entropy (in nats) and prediction: the parts to build a loss from.
 
@@ -195,6 +217,7 @@ def token_stats(
         logit_scale: multiplies the logits, before the softcap.
         entropy: whether to compute the entropy.
         prediction: whether to find the most likely class; the lowest of equals.
+        group: the ranks over which the classes are spread, as in :func:`cross_entropy`.
 
     Returns:
         TokenStats(log_prob, lse, entropy, prediction), each of the target's shape, float32 (float64 for float64
@@ -222,15 +245,19 @@ def token_stats(
     Source:
         Focal loss: Lin et al., 2017, arXiv:1708.02002.
     """
-    _layout.check_ignore_index(ignore_index)
-    _layout.check_transform(logit_scale, softcap)
-    logits, y, shape = _layout.to_rows(input, target, dim, ignore_index)
-    if y.is_floating_point():
-        raise ValueError(
-            f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
-        )
-    wanted = Wanted(entropy=entropy, argmax=prediction)
-    stats = row_stats(logits, y, None, Reading(ignore_index, logit_scale, softcap), wanted)
+    with Excused(group, input):
+        _layout.check_ignore_index(ignore_index)
+        _layout.check_transform(logit_scale, softcap)
+        logits, y, shape = _layout.to_rows(input, target, dim, ignore_index)
+        if y.is_floating_point():
+            raise ValueError(
+                f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
+            )
+    reading, wanted = Reading(ignore_index, logit_scale, softcap), Wanted(entropy=entropy, argmax=prediction)
+    if group is None:
+        stats = row_stats(logits, y, None, reading, wanted)
+    else:
+        stats = parallel_stats(logits, y, None, group, reading, wanted).stats
     dtype = compute_dtype(logits)
     return TokenStats(
         log_prob=(stats.picked - stats.lse).to(dtype).view(shape),

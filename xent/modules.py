@@ -7,6 +7,7 @@ import math
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from . import _layout, _linear_layout
 from .functional import cross_entropy
@@ -24,7 +25,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     Args:
         weight: `(C,)`, a weight for each class; kept as the buffer `weight`.
         ignore_index, reduction, label_smoothing, dim, normalizer, on_empty, z_loss, softcap, logit_scale, loss_dtype,
-            inplace_backward: see :func:`xent.cross_entropy`.
+            inplace_backward, group: see :func:`xent.cross_entropy`.
 
     Shapes:
         input `(C)`, `(N, C)`, `(N, C, d1, ...)` or `(..., C)`; target without the class dimension, or of input's shape
@@ -62,6 +63,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         logit_scale: float = 1.0,
         loss_dtype: torch.dtype | None = None,
         inplace_backward: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         _layout.check_options(ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
         _layout.check_transform(logit_scale, softcap)
@@ -74,6 +76,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.logit_scale = logit_scale
         self.loss_dtype = loss_dtype
         self.inplace_backward = inplace_backward
+        self.group = group
 
     def forward(self, input: Float[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The loss of a batch; see :func:`xent.cross_entropy`."""
@@ -92,6 +95,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             logit_scale=self.logit_scale,
             loss_dtype=self.loss_dtype,
             inplace_backward=self.inplace_backward,
+            group=self.group,
         )
 
 
