@@ -90,7 +90,6 @@ class Ranks:
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
-    warnings.simplefilter("error")
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
@@ -100,6 +99,8 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             function, count, fresh, args, options = pipe.recv()
         except EOFError:
             return
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)  # of torch by itself
         try:
             group = groups[count]
             if fresh is not None:

@@ -107,13 +107,27 @@ class ParallelGrad(torch.autograd.Function):
     """`RowGrad` for the classes held here, which is not differentiated again."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        logits, *others, reading, inplace, layout = arguments
-        run = torch.ops.xent if _ops.observed(logits) else _shards
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        lse: Tensor,
+        g_lse: Tensor,
+        g_picked: Tensor,
+        g_wsum: Tensor | None,
+        g_entropy: Tensor | None,
+        class_weight: Tensor | None,
+        reading: Reading,
+        inplace: bool,
+        layout: Tensor,
+    ) -> Tensor:
+        rest = (target, lse, g_lse, g_picked, g_wsum, g_entropy, class_weight, layout, *reading[:3])
+        observed = _ops.observed(logits)
         if not inplace:
-            return run.parallel_grad(logits, *others, layout, *reading[:3])  # type: ignore[no-any-return]
-        out: Tensor = logits.detach()
-        run.parallel_grad_(out, *others, layout, *reading[:3])
+            run = torch.ops.xent.parallel_grad if observed else _shards.parallel_grad
+            return run(logits, *rest)  # type: ignore[no-any-return]
+        out = logits.detach()
+        write = torch.ops.xent.parallel_grad_ if observed else _shards.parallel_grad_
+        write(out, *rest)
         torch.autograd.graph.increment_version(logits)  # as in `RowGrad`
         return out
 
