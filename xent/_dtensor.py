@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -35,6 +36,8 @@ def distributed(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (torch.compiler.is_compiling() or "torch.distributed.tensor" in sys.modules):
+            return function(*args, **kwargs)
         if not any(_is_dtensor(value) for value in (*args, *kwargs.values())):
             return function(*args, **kwargs)
         options: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs

@@ -22,6 +22,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
@@ -36,6 +37,8 @@ LEAST = 1024  # words: no message is shorter, and the first one is no longer
 MEMORY = 64  # gathers whose longest message is the length of the next
 PATIENCE = 5.0  # seconds to wait for the other ranks' reports, once the transport has failed
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+
+ALONE = nullcontext()
 
 Compute = Callable[[int, int], list[Tensor]]
 
@@ -136,14 +139,19 @@ def exchange(
         return gathered[:, HEADER:need], sizes
 
 
-class Excused:
+def excused(group: ProcessGroup | None, input: object) -> AbstractContextManager[None]:
     """A rank that fails in this context takes part in the exchange all the same, which raises its error everywhere."""
+    return ALONE if group is None or torch.compiler.is_compiling() else Excused(group, input)
 
-    def __init__(self, group: ProcessGroup | None, input: object) -> None:
-        self.group = None if torch.compiler.is_compiling() else group
-        if self.group is not None and not isinstance(group, ProcessGroup):
+
+class Excused(AbstractContextManager[None]):
+    """See `excused`."""
+
+    def __init__(self, group: ProcessGroup, input: object) -> None:
+        if not isinstance(group, ProcessGroup):
             kind = type(group).__name__
             raise TypeError(f"group: expected None or a ProcessGroup of which this process is a rank, got {kind}")
+        self.group = group
         self.device = input.device if isinstance(input, Tensor) else torch.device("cpu")
 
     def __enter__(self) -> None:
@@ -151,7 +159,7 @@ class Excused:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Tell the others."""
-        if self.group is None or not isinstance(error, Exception):
+        if not isinstance(error, Exception):
             return
 
         def fail(start: int, total: int) -> NoReturn:

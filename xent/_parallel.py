@@ -124,7 +124,7 @@ class ParallelGrad(torch.autograd.Function):
         observed = _ops.observed(logits)
         if not inplace:
             run = torch.ops.xent.parallel_grad if observed else _shards.parallel_grad
-            return run(logits, *rest)  # type: ignore[no-any-return]
+            return run(logits, *rest)
         out = logits.detach()
         write = torch.ops.xent.parallel_grad_ if observed else _shards.parallel_grad_
         write(out, *rest)

@@ -13,7 +13,7 @@ from . import _layout, _objective
 from ._autograd import Wanted, row_stats, watched
 from ._backends import Reading, compute_dtype
 from ._dtensor import distributed
-from ._exchange import Excused
+from ._exchange import excused
 from ._parallel import parallel_stats
 from ._plain import plain_loss
 
@@ -116,7 +116,7 @@ def cross_entropy(
         2016, arXiv:1512.00567; z-loss: Chowdhery et al., 2022, arXiv:2204.02311; softcap: Gemma 2, 2024,
         arXiv:2408.00118. The one-pass stable lse: Milakov and Gimelshein, 2018, arXiv:1805.02867.
     """
-    with Excused(group, input):
+    with excused(group, input):
         _layout.check_options(ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
         _layout.check_transform(logit_scale, softcap)
         logits, y, shape = _layout.to_rows(input, target, dim, ignore_index, inplace_backward)
@@ -245,7 +245,7 @@ def token_stats(
     Source:
         Focal loss: Lin et al., 2017, arXiv:1708.02002.
     """
-    with Excused(group, input):
+    with excused(group, input):
         _layout.check_ignore_index(ignore_index)
         _layout.check_transform(logit_scale, softcap)
         logits, y, shape = _layout.to_rows(input, target, dim, ignore_index)
