@@ -99,7 +99,7 @@ def check_transform(logit_scale: float, softcap: float | None) -> None:
             raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
 
 
-def check_weight(weight: Tensor | None, logits: Tensor, soft: bool, sharded: bool) -> None:
+def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool, sharded: bool = False) -> None:
     """A class weight is floating and of shape (C,); beside index targets a constant.
 
     Where the classes are spread over ranks, C is known only later, and a weight is a constant always.
@@ -108,7 +108,6 @@ def check_weight(weight: Tensor | None, logits: Tensor, soft: bool, sharded: boo
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
-    classes = logits.shape[1]
     if weight.shape != (classes,) and not (sharded and weight.dim() == 1):
         raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
     if not weight.is_floating_point():

@@ -16,6 +16,7 @@ before the exchange, is a tensor: `layout`, [start, classes], on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from torch.distributed import distributed_c10d
 from . import _primitives
 from ._backends import compute_dtype, scores
 from ._exchange import exchange
+
+Local = tuple[list[Tensor], Tensor | None]
 
 _READING = "int ignore_index, float scale, float? softcap"
 _UPSTREAM = "Tensor target, Tensor lse, Tensor g_lse, Tensor g_picked, Tensor? g_wsum, Tensor? g_entropy"
@@ -46,14 +49,9 @@ def parallel_stats(
 
     its sum; of each row's target (index targets); its part for the classes held here (probabilities or wsum).
     """
-    N, C = logits.shape
     soft = target.is_floating_point()
-    parts: list[Tensor] = []
 
-    def compute(start: int, total: int) -> list[Tensor]:
-        part = None if weight is None else _part(weight, C, start, total)
-        class_weight = part.to(compute_dtype(logits), copy=True) if part is not None and (soft or want_wsum) else None
-        parts[:] = [] if class_weight is None else [class_weight]
+    def local(start: int, total: int, class_weight: Tensor | None) -> Local:
         stats = _primitives.lse_and_pick(
             logits,
             target,
@@ -62,26 +60,56 @@ def parallel_stats(
             ignore_index=ignore_index,
             scale=scale,
             softcap=softcap,
-            class_weight=class_weight,
+            class_weight=class_weight if soft or want_wsum else None,
             want_wsum=want_wsum,
             want_entropy=want_entropy,
             want_argmax=want_argmax,
         )
-        vectors = [vector for vector in stats[:5] if vector is not None]
-        if stats.argmax is not None:
-            vectors += [_peak(logits, stats.argmax, scale, softcap), (stats.argmax + start).double()]
+        peak = None if stats.argmax is None else _peak(logits, stats.argmax, scale, softcap)
+        return [stat for stat in stats if stat is not None], peak
+
+    note = f"{len(logits)} rows of {logits.dtype}, logit_scale={scale}, {softcap=}"
+    wanted = (want_wsum, want_entropy, want_argmax)
+    return share(group, note, target, ignore_index, weight, (logits.shape[1], compute_dtype(logits)), wanted, local)
+
+
+def share(
+    group: str,
+    note: str,
+    target: Tensor,
+    ignore_index: int,
+    weight: Tensor | None,
+    held: tuple[int, torch.dtype],
+    wanted: tuple[bool, bool, bool],
+    local: Callable[[int, int, Tensor | None], Local],
+) -> list[Tensor]:
+    """What `parallel_stats` returns, from the statistics of the classes held here.
+
+    `held`: how many these are, and the dtype of their weights. `local(start, total, class_weight)` gives those of
+    `Stats` that are wanted, and the largest score of each row if the argmax is among them.
+    """
+    (C, dtype), (want_wsum, want_entropy, want_argmax) = held, wanted
+    N, soft = len(target), target.is_floating_point()
+    parts: list[Tensor] = []
+
+    def compute(start: int, total: int) -> list[Tensor]:
+        part = None if weight is None else _part(weight, C, start, total)
+        class_weight = None if part is None else part.to(dtype, copy=True)
+        parts[:] = [] if class_weight is None or not (soft or want_wsum) else [class_weight]
+        stats, peak = local(start, total, class_weight)
+        vectors = stats[: len(stats) - want_argmax]
+        if peak is not None:
+            vectors += [peak, (stats[-1] + start).double()]
         if part is not None:
             vectors += [] if soft else [_row_weights(part, target, start, ignore_index)]
             vectors += [part.sum(dtype=torch.float64).view(1)]
         return vectors
 
-    asked = {"wsum": want_wsum, "entropy": want_entropy, "prediction": want_argmax, "weight": weight is not None}
-    note = (
-        f"{N} rows of {logits.dtype}, {'probabilities' if soft else 'class indices'}, {ignore_index=}, "
-        f"logit_scale={scale}, {softcap=}, {[name for name, yes in asked.items() if yes]}"
-    )
+    names = ("wsum", "entropy", "prediction", "weight")
+    asked = [name for name, yes in zip(names, (*wanted, weight is not None), strict=True) if yes]
+    note = f"{note}, {'probabilities' if soft else 'class indices'}, {ignore_index=}, {asked}"
     ranks = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
-    gathered, sizes = exchange(ranks, C, note, logits.device, compute)
+    gathered, sizes = exchange(ranks, C, note, target.device, compute)
 
     weighted = weight is not None and not soft
     count = 2 + soft + want_wsum + want_entropy + 2 * want_argmax + weighted

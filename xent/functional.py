@@ -121,7 +121,7 @@ def cross_entropy(
         _layout.check_transform(logit_scale, softcap)
         logits, y, shape = _layout.to_rows(input, target, dim, ignore_index, inplace_backward)
         soft, smooth = y.is_floating_point(), label_smoothing > 0
-        _layout.check_weight(weight, logits, soft, sharded=group is not None)
+        _layout.check_weight(weight, logits.shape[1], logits, soft, sharded=group is not None)
         _layout.check_normalizer_device(normalizer, logits)
 
     reading = Reading(ignore_index, logit_scale, softcap)
