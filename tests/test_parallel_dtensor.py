@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import oracle
@@ -209,6 +210,31 @@ def collectives(group: ProcessGroup, placements: Placements, options: Options) -
 def test_collectives(ranks: Ranks, placements: Placements, options: Options, expected: tuple[int, int]) -> None:
     world = 2 * len(placements)
     assert ranks.run(collectives, world, placements, options) == [expected] * world
+
+
+def compiled(group: ProcessGroup, placements: Placements) -> None:
+    warnings.simplefilter("ignore")  # the compiler warns of its own doings
+    torch.compiler.reset()
+    mesh = mesh_of(group, len(placements))
+    x, y = data((8, 6), 1)
+    logits = distribute_tensor(x, mesh, placements, src_data_rank=None).requires_grad_()
+    target = distribute_tensor(y, mesh, without(placements, 1), src_data_rank=None)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return xent.cross_entropy(x * 2, y, label_smoothing=0.1)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(logits, target)
+        (grad,) = torch.autograd.grad(value, logits)
+        assert grad.placements == placements
+        results.append((value.full_tensor(), grad.full_tensor()))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("placements", [(S(1),), (S(0), S(1))], ids=str)
+def test_compile(ranks: Ranks, placements: Placements) -> None:
+    ranks.run(compiled, 2 * len(placements), placements)
 
 
 # Models

@@ -219,44 +219,44 @@ HEAD = (
 ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 
 
-def _head(fields: tuple[Any, ...]) -> Head:
+def head_of(fields: tuple[Any, ...]) -> Head:
     count = len(Reading._fields)
     return Head(Reading(*fields[:count]), *fields[count:])
 
 
 def _run_loss(h: Tensor, W: Tensor, b: Maybe, y: Tensor, scale: Tensor, w: Maybe, *rest: Any) -> list[Tensor]:
-    return _blocks.loss_and_grads(h, W, b, y, scale, w, _head(rest[:-1]), rest[-1])
+    return _blocks.loss_and_grads(h, W, b, y, scale, w, head_of(rest[:-1]), rest[-1])
 
 
 def _run_stats(h: Tensor, W: Tensor, b: Maybe, y: Tensor, w: Maybe, *rest: Any) -> list[Tensor]:
-    return _blocks.stats_of(h, W, b, y, w, _head(rest))
+    return _blocks.stats_of(h, W, b, y, w, head_of(rest))
 
 
 def _run_stats_grads(
     h: Tensor, W: Tensor, b: Maybe, y: Tensor, lse: Tensor, upstream: list[Maybe], w: Maybe, *rest: Any
 ) -> list[Tensor]:
-    return _blocks.stats_grads(h, W, b, y, lse, upstream, w, _head(rest[:-1]), rest[-1])
+    return _blocks.stats_grads(h, W, b, y, lse, upstream, w, head_of(rest[:-1]), rest[-1])
 
 
-def _shapes_of_grads(hidden: Tensor, weight: Tensor, head: Head, needs: Needs) -> list[Tensor]:
+def shapes_of_grads(hidden: Tensor, weight: Tensor, head: Head, needs: Needs) -> list[Tensor]:
     dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
     shapes = ((hidden.shape, head.dtype), (weight.shape, dtype), (weight.shape[:1], dtype))
     return [hidden.new_empty(shape, dtype=d) for (shape, d), needed in zip(shapes, needs, strict=True) if needed]
 
 
 def _shapes_of_loss(h: Tensor, W: Tensor, b: Maybe, y: Tensor, scale: Tensor, w: Maybe, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(scale), *_shapes_of_grads(h, W, _head(rest[:-1]), rest[-1])]
+    return [torch.empty_like(scale), *shapes_of_grads(h, W, head_of(rest[:-1]), rest[-1])]
 
 
 def _shapes_of_stats(hidden: Tensor, weight: Tensor, bias: Maybe, target: Tensor, *rest: Any) -> list[Tensor]:
-    head = _head(rest[1:])
+    head = head_of(rest[1:])
     count = 2 + target.is_floating_point() + (head.label_smoothing > 0) + head.entropy
     dtypes = [statistics_dtype(hidden.device)] * count + [torch.int64] * head.argmax
     return [hidden.new_empty(hidden.shape[:1], dtype=dtype) for dtype in dtypes]
 
 
 def _shapes_of_stats_grads(h: Tensor, W: Tensor, b: Maybe, y: Tensor, lse: Tensor, *rest: Any) -> list[Tensor]:
-    return _shapes_of_grads(h, W, _head(rest[2:-1]), rest[-1])
+    return shapes_of_grads(h, W, head_of(rest[2:-1]), rest[-1])
 
 
 for name, schema, run, shapes in (

@@ -68,16 +68,17 @@ def parallel_stats(
         peak = None if stats.argmax is None else _peak(logits, stats.argmax, scale, softcap)
         return [stat for stat in stats if stat is not None], peak
 
-    note = f"{len(logits)} rows of {logits.dtype}, logit_scale={scale}, {softcap=}"
-    wanted = (want_wsum, want_entropy, want_argmax)
-    return share(group, note, target, ignore_index, weight, (logits.shape[1], compute_dtype(logits)), wanted, local)
+    note = f"{len(logits)} rows of {logits.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
+    held, wanted = (logits.shape[1], compute_dtype(logits)), (want_wsum, want_entropy, want_argmax)
+    ignored = None if soft else target == ignore_index
+    return share(group, note, target, ignored, weight, held, wanted, local)
 
 
 def share(
     group: str,
     note: str,
     target: Tensor,
-    ignore_index: int,
+    ignored: Tensor | None,
     weight: Tensor | None,
     held: tuple[int, torch.dtype],
     wanted: tuple[bool, bool, bool],
@@ -85,8 +86,9 @@ def share(
 ) -> list[Tensor]:
     """What `parallel_stats` returns, from the statistics of the classes held here.
 
-    `held`: how many these are, and the dtype of their weights. `local(start, total, class_weight)` gives those of
-    `Stats` that are wanted, and the largest score of each row if the argmax is among them.
+    `ignored`: the rows that do not count; None where all do. `held`: how many classes these are, and the dtype of their
+    weights. `local(start, total, class_weight)` gives those of `Stats` that are wanted, and the largest score of each
+    row if the argmax is among them.
     """
     (C, dtype), (want_wsum, want_entropy, want_argmax) = held, wanted
     N, soft = len(target), target.is_floating_point()
@@ -101,13 +103,13 @@ def share(
         if peak is not None:
             vectors += [peak, (stats[-1] + start).double()]
         if part is not None:
-            vectors += [] if soft else [_row_weights(part, target, start, ignore_index)]
+            vectors += [] if soft else [_row_weights(part, target, start, ignored)]
             vectors += [part.sum(dtype=torch.float64).view(1)]
         return vectors
 
     names = ("wsum", "entropy", "prediction", "weight")
     asked = [name for name, yes in zip(names, (*wanted, weight is not None), strict=True) if yes]
-    note = f"{note}, {'probabilities' if soft else 'class indices'}, {ignore_index=}, {asked}"
+    note = f"{note}, {'probabilities' if soft else 'class indices'}, {asked}"
     ranks = distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
     gathered, sizes = exchange(ranks, C, note, target.device, compute)
 
@@ -115,7 +117,6 @@ def share(
     count = 2 + soft + want_wsum + want_entropy + 2 * want_argmax + weighted
     vectors = list(gathered[:, : count * N].view(len(sizes), count, N).unbind(1))
     row_weight = [vectors.pop().sum(0)] if weighted else []
-    ignored = None if soft else target == ignore_index
     layout = torch.tensor([sum(sizes[: ranks.rank()]), sum(sizes)])
     weight_sum = [] if weight is None else [gathered[:, -1].sum()]
     found = _whole(vectors, ignored, sizes, want_entropy, want_argmax)
@@ -201,16 +202,17 @@ def _peak(logits: Tensor, argmax: Tensor, scale: float, softcap: float | None) -
     return scores(logits.gather(1, argmax.clamp(min=0)[:, None])[:, 0], scale, softcap).double()
 
 
-def _row_weights(part: Tensor, target: Tensor, start: int, ignore_index: int) -> Tensor:
+def _row_weights(part: Tensor, target: Tensor, start: int, ignored: Tensor | None) -> Tensor:
     """w_y (N,) where y is held here, else 0."""
     local = target.long() - start
-    here = (local >= 0) & (local < len(part)) & (target != ignore_index)
+    here = (local >= 0) & (local < len(part))
+    here = here if ignored is None else here & ~ignored
     if len(part) == 0:
         return here.double()
     return part.double()[local.clamp(0, len(part) - 1)].masked_fill(~here, 0)
 
 
-def _shapes_of_stats(
+def shapes_of_stats(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -248,7 +250,7 @@ for _name, _schema, _run, _shapes in (
         f"(Tensor logits, Tensor target, Tensor? weight, str group, {_READING}, bool want_wsum, bool want_entropy, "
         "bool want_argmax) -> Tensor[]",
         parallel_stats,
-        _shapes_of_stats,
+        shapes_of_stats,
     ),
     ("parallel_grad", f"(Tensor logits, {_REST}) -> Tensor", parallel_grad, _shape_of_gradient),
     ("parallel_grad_", f"(Tensor(a!) logits, {_REST}) -> ()", parallel_grad_, _no_result),

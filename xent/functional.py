@@ -64,7 +64,13 @@ def cross_entropy(
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
         dim: the class dimension. None finds it from the shapes, and refuses where two readings fit.
-        normalizer: what "mean" divides by instead of its own count: a number or a 0-d tensor.
+        normalizer: what "mean" divides by instead of its own count: a number or a 0-d tensor. Where the batch is spread
+            over R ranks and their gradients are averaged (DistributedDataParallel, FSDP), the mean over the whole
+            batch needs the count of all ranks divided by R::
+
+                count = (target != -100).sum()
+                torch.distributed.all_reduce(count)
+                loss = xent.cross_entropy(input, target, normalizer=count / torch.distributed.get_world_size())
         on_empty: what "mean" gives where every target is ignored: "nan", as torch, or "zero". Gradients are 0 in both.
         z_loss: :math:`\lambda \ge 0`, pulls lse towards 0.
         softcap: :math:`\kappa > 0`, bounds the logits.

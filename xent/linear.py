@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import _layout, _linear_layout, _objective
 from ._backends import Reading, statistics_dtype
 from ._blocks import Head
+from ._exchange import excused
 from ._linear import linear_loss, linear_stats
+from ._parallel_linear import parallel_linear_stats
 from .functional import TokenStats
 
 
@@ -32,6 +35,7 @@ def linear_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     shift: bool = False,
     max_bytes: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, "..."]:
     r"""Cross-entropy, in nats, of the logits :math:`x = W h + b` of a linear head, which are never held.
 
@@ -60,6 +64,10 @@ def linear_cross_entropy(
         loss_dtype: dtype of the result. None is `input`'s (float32 under autocast).
         shift: predict the next position: `input[..., :-1, :]` against `target[..., 1:]`, without a copy of either.
         max_bytes: what the logits of one block may take; at least one row is taken. None is 72 MiB.
+        group: the ranks over which the classes are spread, as in :func:`xent.cross_entropy`: `linear_weight` and
+            `linear_bias` hold some of them on each rank, `input` is the same on all. Forward is one all-gather of a few
+            numbers per position; backward is one all-reduce, of the hidden states' gradient, and computes each block's
+            logits again.
 
     Returns:
         A 0-d tensor, or for "none" one loss for each position, of the target's shape without the class dimension (with
@@ -91,28 +99,39 @@ def linear_cross_entropy(
         memory: Wijmans et al., Cut Your Losses, 2024, arXiv:2411.09009.
     """
     ignore = -100 if ignore_index is None else ignore_index
-    _layout.check_options(ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
-    _layout.check_transform(logit_scale, softcap)
-    budget = _linear_layout.check_max_bytes(max_bytes)
-    rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore)
-    C, hidden = len(linear_weight), rows.hidden
-    soft = rows.heads[0][2].is_floating_point()
-    _layout.check_weight(weight, C, input, False)
-    _layout.check_normalizer_device(normalizer, input)
+    with excused(group, input):
+        _layout.check_options(ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
+        _layout.check_transform(logit_scale, softcap)
+        budget = _linear_layout.check_max_bytes(max_bytes)
+        rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore)
+        C, hidden = len(linear_weight), rows.hidden
+        soft = rows.heads[0][2].is_floating_point()
+        _layout.check_weight(weight, C, input, False, sharded=group is not None)
+        _layout.check_normalizer_device(normalizer, input)
+        if group is not None and linear_weight.dim() > 2:
+            raise ValueError(f"linear_weight: expected shape (C, D) over a group, got {tuple(linear_weight.shape)}")
 
     head = Head(Reading(ignore, logit_scale, softcap), rows.dtype, budget, rows.shift, label_smoothing, z_loss)
     dtype = loss_dtype or _layout.result_dtype(input)
-    if reduction == "none":
-        weight_sum = C if weight is None else weight.sum(dtype=statistics_dtype(input.device))
-        losses = []
+    if group is not None or reduction == "none":
+        losses, row_weight = [], None
         for W, b, y in rows.heads:
-            stats = linear_stats(hidden, W, b, y, weight, head)
-            row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore)
-            losses.append(_objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss))
+            if group is None:
+                stats = linear_stats(hidden, W, b, y, weight, head)
+                row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore)
+                classes: int | Tensor = C
+                weight_sum = C if weight is None else weight.sum(dtype=statistics_dtype(input.device))
+            else:
+                arguments = (hidden, W, b, y, weight, head, group)
+                stats, classes, row_weight, weight_sum = parallel_linear_stats(*arguments)
+            losses.append(_objective.row_losses(stats, row_weight, weight_sum, classes, label_smoothing, z_loss))
         found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
-        return _shaped(found.to(dtype), rows)
+        if reduction == "none":
+            return _shaped(found.to(dtype), rows)
+        return (found.sum() / _divisor(rows, reduction, row_weight, ignore, normalizer, on_empty)).to(dtype)
 
-    divisor = _divisor(rows, reduction, weight, ignore, normalizer, on_empty)
+    row_weight = None if weight is None or soft else _objective.row_weights(_targets(rows), weight, ignore)
+    divisor = _divisor(rows, reduction, row_weight, ignore, normalizer, on_empty)
     scale = 1 / divisor.detach().to(statistics_dtype(input.device))
     total = torch.stack([linear_loss(hidden, W, b, y, scale, weight, head) for W, b, y in rows.heads]).sum()
     if divisor.requires_grad:
@@ -120,16 +139,21 @@ def linear_cross_entropy(
     return total.to(dtype)
 
 
+def _targets(rows: _linear_layout.LinearRows) -> Tensor:
+    """Those of all heads."""
+    return rows.heads[0][2] if len(rows.heads) == 1 else torch.cat([y for _, _, y in rows.heads])
+
+
 def _divisor(
     rows: _linear_layout.LinearRows,
     reduction: str,
-    weight: Tensor | None,
+    row_weight: Tensor | None,
     ignore_index: int,
     normalizer: float | Tensor | None,
     on_empty: str,
 ) -> Tensor:
     """What the sum over all rows of all heads is divided by, known before the first block."""
-    target = rows.heads[0][2] if len(rows.heads) == 1 else torch.cat([y for _, _, y in rows.heads])
+    target = _targets(rows)
     if reduction == "sum":
         found: float | Tensor = 1
     elif normalizer is not None:
@@ -137,8 +161,6 @@ def _divisor(
     else:
         if target.is_floating_point() and rows.shift:
             target = target[: len(target) // rows.shift * (rows.shift - 1)]
-        soft = target.is_floating_point()
-        row_weight = None if weight is None or soft else _objective.row_weights(target, weight, ignore_index)
         found = _objective.mean_divisor(target, row_weight, ignore_index, on_empty)
     return found if isinstance(found, Tensor) else torch.full((), found, device=target.device, dtype=torch.float64)
 
@@ -157,6 +179,7 @@ def linear_token_stats(
     prediction: bool = False,
     shift: bool = False,
     max_bytes: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     r"""Per-token statistics, in nats, of the logits :math:`x = W h + b` of a linear head, which are never held.
 
@@ -175,6 +198,7 @@ def linear_token_stats(
         entropy, prediction: whether to compute them; the lowest of equal classes is predicted.
         shift: statistics of `target[..., 1:]` from `input[..., :-1, :]`; the results have one position less.
         max_bytes: what the logits of one block may take; at least one row is taken. None is 72 MiB.
+        group: the ranks over which the classes are spread, as in :func:`linear_cross_entropy`.
 
     Returns:
         TokenStats(log_prob, lse, entropy, prediction), float32 (float64 for float64; the prediction int64).
@@ -196,18 +220,22 @@ def linear_token_stats(
     Source:
         As :func:`linear_cross_entropy` (Wijmans et al., 2024).
     """
-    _layout.check_ignore_index(ignore_index)
-    _layout.check_transform(logit_scale, softcap)
-    budget = _linear_layout.check_max_bytes(max_bytes)
-    rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index)
-    (weight, bias, y), *others = rows.heads
-    if others or linear_weight.dim() > 2:
-        raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
-    if y.is_floating_point():
-        raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
+    with excused(group, input):
+        _layout.check_ignore_index(ignore_index)
+        _layout.check_transform(logit_scale, softcap)
+        budget = _linear_layout.check_max_bytes(max_bytes)
+        rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index)
+        (weight, bias, y), *others = rows.heads
+        if others or linear_weight.dim() > 2:
+            raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
+        if y.is_floating_point():
+            raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
     reading = Reading(ignore_index, logit_scale, softcap)
     head = Head(reading, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction)
-    stats = linear_stats(rows.hidden, weight, bias, y, None, head)
+    if group is None:
+        stats = linear_stats(rows.hidden, weight, bias, y, None, head)
+    else:
+        stats = parallel_linear_stats(rows.hidden, weight, bias, y, None, head, group).stats
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
 
     return TokenStats(

@@ -107,13 +107,13 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         in_features: D, the size of a hidden state.
-        num_classes: C.
+        num_classes: C; with a `group`, how many of all classes this rank holds.
         out_features: sizes `(d1, ...)` of further dimensions, for each index of which there is a head.
         bias: whether the head has one.
         device, dtype: of the head.
         weight: `(C,)`, a weight for each class; kept as the buffer `weight`.
         reduction, ignore_index, label_smoothing, normalizer, on_empty, z_loss, softcap, logit_scale, loss_dtype, shift,
-            max_bytes: see :func:`xent.linear_cross_entropy`.
+            max_bytes, group: see :func:`xent.linear_cross_entropy`.
 
     Shapes:
         input `(..., D)`; target `(...)`, or `(..., C)` for probabilities; the result is 0-d, or of the target's shape
@@ -158,6 +158,7 @@ class LinearCrossEntropyLoss(nn.Module):
         loss_dtype: torch.dtype | None = None,
         shift: bool = False,
         max_bytes: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         ignore = -100 if ignore_index is None else ignore_index
         _layout.check_options(ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
@@ -179,6 +180,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.loss_dtype = loss_dtype
         self.shift = shift
         self.max_bytes = max_bytes
+        self.group = group
 
     def extra_repr(self) -> str:
         """The options that are not the default's."""
@@ -205,4 +207,5 @@ class LinearCrossEntropyLoss(nn.Module):
             loss_dtype=self.loss_dtype,
             shift=self.shift,
             max_bytes=self.max_bytes,
+            group=self.group,
         )
