@@ -339,8 +339,8 @@ def test_what_is_refused(ranks: Ranks) -> None:
         "input: expected a DTensor of which one mesh dimension at most shards the classes (tensor dimension 1)",
         "input: expected a DTensor of which one mesh dimension at most shards the classes (tensor dimension 1)",
         "input: expected a DTensor like the other arguments, got a plain tensor",
-        "group: expected None beside DTensor logits, which know theirs",
-        "target: expected a DTensor on the mesh of input, ",
+        "group: expected None beside DTensors, which know theirs",
+        "target: expected a DTensor on the mesh of the classes, ",
         "weight: expected placements (Replicate(), Replicate()) or Replicate beside logits",
     ]
     for texts in ranks.run(refused, 4):

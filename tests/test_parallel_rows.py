@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 import xent
+from xent import _primitives
 
 # Rows that are special
 
@@ -127,7 +128,15 @@ def test_any_class_dimension(ranks: Ranks) -> None:
 # Statistics of tokens
 
 
-def tokens(group: ProcessGroup, x: Tensor, y: Tensor, sizes: Sizes, reading: Options) -> tuple[Any, Tensor]:
+def tokens(
+    group: ProcessGroup, x: Tensor, y: Tensor, sizes: Sizes, reading: Options, backend: str | None = None
+) -> tuple[Any, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_primitives, "FORCED", backend)
+        return tokens_of(group, x, y, sizes, reading)
+
+
+def tokens_of(group: ProcessGroup, x: Tensor, y: Tensor, sizes: Sizes, reading: Options) -> tuple[Any, Tensor]:
     mine = part(x, sizes, group.rank()).requires_grad_()
     stats = xent.token_stats(mine, y, dim=1, entropy=True, prediction=True, group=group, **reading)
     loss = (stats.log_prob * 2 + stats.lse * stats.entropy).sum()
@@ -145,6 +154,16 @@ def test_token_stats(ranks: Ranks, sizes: Sizes, reading: Options) -> None:
     for got, _ in answers:
         torch.testing.assert_close(got, tuple(stat.detach() for stat in stats), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(torch.cat([dx for _, dx in answers], 1), grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_token_stats_of_a_part_without_probability(ranks: Ranks, backend: str) -> None:
+    """All the logits of one rank are -inf: its entropy is not a number, and must not count."""
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).double()
+    x[0, :4] = x[1, 4:] = -torch.inf
+    stats = xent.token_stats(x, torch.tensor([5, 0, 1]), entropy=True, prediction=True)
+    for got, _ in ranks.run(tokens, 2, x, torch.tensor([5, 0, 1]), (4, 2), {}, backend=backend):
+        torch.testing.assert_close(got, tuple(stats), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 5), (0, 6), (5, 0, 1)], ids=str)

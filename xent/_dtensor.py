@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import _layout
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
     Placements = tuple[Placement, ...]
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 def distributed(function: Callable[P, R]) -> Callable[P, R]:
-    """Let `function(input, target, ...)` take DTensors."""
+    """Let `function(input, target, ...)` or `function(input, linear_weight, target, ...)` take DTensors."""
     names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -43,7 +43,10 @@ def distributed(function: Callable[P, R]) -> Callable[P, R]:
         options: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
         if "reduction" in names:
             options.setdefault("reduction", "mean")
-        return _on_parts(function, **options)  # type: ignore[no-any-return]
+        if options.get("group") is not None:
+            raise ValueError("group: expected None beside DTensors, which know theirs")
+        on_parts = _head_on_parts if "linear_weight" in names else _logits_on_parts
+        return on_parts(function, **options)  # type: ignore[no-any-return]
 
     return wrapper
 
@@ -53,93 +56,136 @@ def _is_dtensor(x: object) -> bool:
     return isinstance(x, Tensor) and type(x).__name__ == "DTensor"
 
 
-def _on_parts(function: Callable[..., Any], input: DTensor, target: Tensor, **options: Any) -> Any:
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+class Places:
+    """Where all that goes with some logits lies, on each dimension of their mesh."""
 
-    if not _is_dtensor(input):
-        raise TypeError(
-            "input: expected a DTensor like the other arguments, got a plain tensor; use DTensor.from_local"
-        )
-    if options.get("group") is not None:
-        raise ValueError("group: expected None beside DTensor logits, which know theirs")
-    mesh = input.device_mesh
-    axis = options["dim"] = _layout.class_dim(input.shape, target.shape, options.get("dim"))
-    placements = input.placements
-    group = _class_group(input, axis)
-    batch = [i for i, p in enumerate(placements) if p.is_shard() and not p.is_shard(axis)]
-    replicate: list[Placement] = [Replicate() for _ in placements]
-    per_row, scalar, classes = list(replicate), list(replicate), list(replicate)
-    for i, p in enumerate(placements):
-        if i in batch:
-            per_row[i], scalar[i] = Shard(p.dim - (p.dim > axis)), Partial()  # type: ignore[attr-defined]
-        elif p.is_shard():
-            classes[i] = Shard(0)
+    def __init__(self, mesh: DeviceMesh, logits: Placements, shape: torch.Size, axis: int) -> None:
+        """`shape` and `logits`: of the logits, whether there are any or not; `axis` is their class dimension."""
+        from torch.distributed.tensor import Partial, Replicate, Shard
 
-    soft = target.shape == input.shape
-    x = input.to_local(grad_placements=placements)
-    y = _part("target", target, input, placements if soft else tuple(per_row))
-    weight: Any = options.get("weight")
-    if _is_dtensor(weight):
-        sharded = weight.placements == tuple(classes)
-        options["weight"] = _part("weight", weight, input, weight.placements if sharded else tuple(replicate))
-    if batch and options.get("reduction") == "mean" and options.get("normalizer") is None:
-        options["normalizer"] = _divisor(x, y, weight, axis, [mesh.get_group(i) for i in batch], options)
+        classes = [i for i, p in enumerate(logits) if p.is_shard(axis)]
+        if len(classes) > 1 or any(type(p).__name__ not in ("Shard", "Replicate") for p in logits):
+            raise ValueError(
+                "input: expected a DTensor of which one mesh dimension at most shards the classes (tensor dimension "
+                f"{axis}) and all others are Shard or Replicate, got {logits}; redistribute it first"
+            )
+        self.mesh, self.logits, self.axis, self.shape = mesh, tuple(logits), axis, shape
+        self.group = mesh.get_group(classes[0]) if classes else None
+        self.batch = [i for i, p in enumerate(logits) if p.is_shard() and i not in classes]
+        self.replicate = (Replicate(),) * len(logits)
+        self.classes = tuple(Shard(0) if i in classes else Replicate() for i in range(len(logits)))
+        per_row, scalar = list(self.replicate), list(self.replicate)
+        for i in self.batch:
+            per_row[i], scalar[i] = Shard(logits[i].dim - (logits[i].dim > axis)), Partial()  # type: ignore[attr-defined, call-overload]
+        self.per_row, self.scalar = tuple(per_row), tuple(scalar)
 
-    def whole(result: Tensor) -> DTensor:
-        shape = input.shape[:axis] + input.shape[axis + 1 :] if result.dim() else torch.Size()
+    def part(self, name: str, x: Any, expected: Placements, grad: Placements | None = None) -> Any:
+        """This rank's part of a tensor; of what is whole on each rank, without communication."""
+        if not _is_dtensor(x):
+            if x is None or all(p.is_replicate() for p in expected):
+                return x
+            raise ValueError(
+                f"{name}: expected a DTensor placed {expected} beside logits placed {self.logits}, got a plain tensor, "
+                "which may be a part or the whole; use DTensor.from_local or distribute_tensor"
+            )
+        if x.device_mesh != self.mesh:
+            raise ValueError(f"{name}: expected a DTensor on the mesh of the classes, {self.mesh}, got {x.device_mesh}")
+        if any(p != e and not p.is_replicate() for p, e in zip(x.placements, expected, strict=True)):
+            raise ValueError(
+                f"{name}: expected placements {expected} or Replicate beside logits placed {self.logits}, got "
+                f"{x.placements}"
+            )
+        return x.redistribute(placements=expected).to_local(grad_placements=grad or expected)
+
+    def class_weight(self, weight: Any) -> Any:
+        """Whole, or the part of the classes held here."""
+        if not _is_dtensor(weight):
+            return weight
+        return self.part("weight", weight, self.classes if weight.placements == self.classes else self.replicate)
+
+    def whole(self, found: Any) -> Any:
+        """The results of all ranks: one number per position, or one in all; or several of them."""
+        from torch.distributed.tensor import DTensor
+
+        if found is None:
+            return None
+        if not isinstance(found, Tensor):
+            return type(found)(*map(self.whole, found))
+        shape = self.shape[: self.axis] + self.shape[self.axis + 1 :] if found.dim() else torch.Size()
         return DTensor.from_local(
-            result,
-            mesh,
-            per_row if result.dim() else scalar,
+            found,
+            self.mesh,
+            self.per_row if found.dim() else self.scalar,
             run_check=False,
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),
         )
 
-    found = function(x, y, **options, group=group)
-    if isinstance(found, Tensor):
-        return whole(found)
-    return type(found)(*[None if part is None else whole(part) for part in found])
+    def add_divisor(self, options: dict[str, Any], y: Tensor, positions: int, weight: Any) -> None:
+        """The normalizer of a mean over the whole batch, where this rank has a part of it."""
+        if self.batch and options.get("reduction") == "mean" and options.get("normalizer") is None:
+            groups = [self.mesh.get_group(i) for i in self.batch]
+            options["normalizer"] = _divisor(y, positions, weight, groups, options)
 
 
-def _class_group(input: DTensor, axis: int) -> ProcessGroup | None:
-    """The group over which the classes are sharded: none, or that of one mesh dimension."""
-    mesh, placements = input.device_mesh, input.placements
-    known = all(type(p).__name__ in ("Shard", "Replicate") for p in placements)
-    dims = [i for i, p in enumerate(placements) if p.is_shard(axis)]
-    if not known or len(dims) > 1:
-        raise ValueError(
-            "input: expected a DTensor of which one mesh dimension at most shards the classes (tensor dimension "
-            f"{axis}) and all others are Shard or Replicate, got {placements}; redistribute it first"
-        )
-    return mesh.get_group(dims[0]) if dims else None
+def _logits_on_parts(function: Callable[..., Any], input: Any, target: Tensor, **options: Any) -> Any:
+    if not _is_dtensor(input):
+        raise TypeError("input: expected a DTensor like the other arguments, got a plain tensor")
+    axis = options["dim"] = _layout.class_dim(input.shape, target.shape, options.get("dim"))
+    places = Places(input.device_mesh, input.placements, input.shape, axis)
+    soft = target.shape == input.shape
+    x = input.to_local(grad_placements=places.logits)
+    y = places.part("target", target, places.logits if soft else places.per_row)
+    if (weight := options.get("weight")) is not None:
+        options["weight"] = places.class_weight(weight)
+    places.add_divisor(options, y, x.shape[:axis].numel() * x.shape[axis + 1 :].numel(), weight)
+    return places.whole(function(x, y, **options, group=places.group))
 
 
-def _part(name: str, x: Any, input: DTensor, expected: Placements) -> Any:
-    """This rank's part of a tensor that goes with the logits; of what is whole on each rank, without communication."""
-    if not _is_dtensor(x):
-        if all(p.is_replicate() for p in expected):
-            return x
-        raise ValueError(
-            f"{name}: expected a DTensor placed {expected} beside logits placed {input.placements}, got a plain "
-            "tensor, which may be a part or the whole; use DTensor.from_local or distribute_tensor"
-        )
-    if x.device_mesh != input.device_mesh:
-        raise ValueError(f"{name}: expected a DTensor on the mesh of input, {input.device_mesh}, got {x.device_mesh}")
-    if any(p != e and not p.is_replicate() for p, e in zip(x.placements, expected, strict=True)):
-        raise ValueError(
-            f"{name}: expected placements {expected} or Replicate beside logits placed {input.placements}, got "
-            f"{x.placements}"
-        )
-    return x.redistribute(placements=expected).to_local(grad_placements=expected)
+def _head_on_parts(
+    function: Callable[..., Any], input: Any, linear_weight: Any, target: Any, linear_bias: Any = None, **options: Any
+) -> Any:
+    """Hidden states that are sharded over the ranks of the classes, a part of each sequence on each, are gathered."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    if not _is_dtensor(linear_weight):
+        raise TypeError("linear_weight: expected a DTensor like the other arguments, got a plain tensor")
+    mesh, axis = linear_weight.device_mesh, input.dim() - 1
+    head = linear_weight.placements
+    if linear_weight.dim() != 2 or any(p not in (Shard(0), Replicate()) for p in head):
+        raise ValueError(f"linear_weight: expected (C, D) placed Shard(0) or Replicate, got {head}")
+    hidden = list(input.placements if _is_dtensor(input) else (Replicate(),) * len(head))
+    if len(hidden) != len(head):
+        raise ValueError(f"input: expected a DTensor on the mesh of linear_weight, {mesh}, got {input.device_mesh}")
+    hidden = [Replicate() if w.is_shard() else p for p, w in zip(hidden, head, strict=True)]
+    logits = tuple(Shard(axis) if w.is_shard() else p for p, w in zip(hidden, head, strict=True))
+    if any(p.is_shard(axis) for p in hidden) or (options.get("shift") and any(p.is_shard(axis - 1) for p in hidden)):
+        raise ValueError(f"input: expected whole features, and whole sequences beside shift, got {input.placements}")
+    places = Places(mesh, logits, torch.Size((*input.shape[:-1], len(linear_weight))), axis)
+    if _is_dtensor(input):
+        input = input.redistribute(placements=hidden)
+    soft = target.dim() > axis
+    of_batch = tuple(Partial() if i in places.batch else p for i, p in enumerate(places.classes))
+    h = places.part("input", input, tuple(hidden))
+    W = places.part("linear_weight", linear_weight, places.classes, of_batch)
+    options["linear_bias"] = places.part("linear_bias", linear_bias, places.classes, of_batch)
+    y = places.part("target", target, places.logits if soft else places.per_row)
+    if (weight := options.get("weight")) is not None:
+        options["weight"] = places.class_weight(weight)
+    shift = bool(options.get("shift"))
+    counted = y[..., 1:, :] if soft and shift else y[..., 1:] if shift else y
+    places.add_divisor(options, counted, counted.shape[:axis].numel(), weight)
+    places.shape = torch.Size((*input.shape[: axis - shift], *[input.shape[axis - 1] - 1] * shift, len(linear_weight)))
+    return places.whole(function(h, W, y, **options, group=places.group))
 
 
-def _divisor(x: Tensor, y: Tensor, weight: Any, axis: int, groups: list[ProcessGroup], options: Any) -> Tensor:
+def _divisor(y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup], options: Any) -> Tensor:
     """What the mean over the whole batch divides by. Targets out of range are found later, by all ranks alike."""
-    if x.shape == y.shape:
-        total = count = torch.tensor(x.shape[:axis].numel() * x.shape[axis + 1 :].numel(), device=x.device)
+    if y.is_floating_point():
+        total = count = torch.tensor(positions, device=y.device)
     else:
-        counts = y != options.get("ignore_index", -100)
+        ignore_index = options.get("ignore_index")
+        counts = y != (-100 if ignore_index is None else ignore_index)
         total = count = counts.sum()
         if weight is not None:
             w = weight.full_tensor() if _is_dtensor(weight) else weight

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from . import _layout, _linear_layout, _objective
 from ._backends import Reading, statistics_dtype
 from ._blocks import Head
+from ._dtensor import distributed
 from ._exchange import excused
 from ._linear import linear_loss, linear_stats
 from ._parallel_linear import parallel_linear_stats
@@ -17,6 +18,7 @@ from .functional import TokenStats
 
 
 @_layout.overridable
+@distributed
 def linear_cross_entropy(
     input: Float[Tensor, "... D"],
     linear_weight: Float[Tensor, "C ... D"],
@@ -166,6 +168,7 @@ def _divisor(
 
 
 @_layout.overridable
+@distributed
 def linear_token_stats(
     input: Float[Tensor, "... D"],
     linear_weight: Float[Tensor, "C D"],
