@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 import xent
+from xent import _exchange
 
 SECONDS = 110.0  # below the 120 after which gloo gives up: an error that comes in time came from a message
 Call = dict[str, Any]
@@ -213,6 +214,38 @@ def test_a_rank_that_dies(mortals: Ranks) -> None:
     assert died is None
     assert "rank 1 did not take part in exchange 2" in text
     assert seconds < SECONDS
+
+
+# Off the CPU
+
+
+def on_a_device(group: ProcessGroup) -> tuple[list[float], list[str]]:
+    """As if the CPU were a device on which the host does not wait: the losses, and what is said in the end."""
+    y, texts = torch.tensor([0, 5, 1, 2]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_exchange, "_checks_later", lambda device: True)
+        losses = []
+        for N in (4, 4, 2, 4, 4):
+            for C in ((3, 3), (3, 4)):  # heads that only one of the ranks can tell apart
+                x = torch.arange(6.0)[: C[group.rank()]].repeat(N, 1)
+                losses.append(xent.cross_entropy(x, y[:N], group=group, softcap=30.0 + sum(C)).item())
+        for N in (4 + group.rank(), 4 - group.rank()):
+            try:
+                xent.cross_entropy(torch.zeros(N, 3), torch.zeros(N, dtype=torch.long), group=group, softcap=36.0)
+            except (RuntimeError, ValueError) as error:
+                texts.append(str(error))
+    return losses, texts
+
+
+def test_where_the_host_does_not_wait(ranks: Ranks) -> None:
+    """A call that went well once is checked by an assertion, which on the CPU comes at once."""
+    answers = ranks.run(on_a_device, 2, fresh=120)
+    for losses, texts in answers:
+        assert losses == answers[0][0]
+        assert losses[:2] == losses[2:4] == losses[6:8] == losses[8:]
+        assert len(texts) == 2
+    assert "group: the ranks no longer agree" in answers[0][1][0]
+    assert "expected the same call on all 2 ranks" in answers[1][1][0]
 
 
 # What is no group

@@ -66,6 +66,14 @@ class Header(NamedTuple):
         return cls(code, need, classes, start, total, letters.decode(errors="ignore"))
 
 
+class Settled(NamedTuple):
+    """What a call was answered that went well: the next one like it is, too, or the ranks no longer agree."""
+
+    headers: Tensor  #         (R, HEADER), on the device
+    needed: int  #             words of the longest message
+    sizes: tuple[int, ...]  #  classes on each rank
+
+
 class Agreed:
     """What the ranks of a group have in common: made from what all have read, and so the same on each of them."""
 
@@ -74,7 +82,7 @@ class Agreed:
         self.length = LEAST
         self.lengths: deque[int] = deque(maxlen=MEMORY)
         self.sizes: dict[int, tuple[int, ...]] = {}  # classes on each rank, by the number of those held here
-        self.went_well: dict[tuple[str, int], tuple[Tensor, int]] = {}  # headers and length of calls, off the CPU
+        self.went_well: dict[tuple[str, int], Settled] = {}  # by note and classes, where checks come later
 
     def saw(self, needed: int) -> None:
         """Agree on the length of the next message, after a gather whose longest needed this much."""
@@ -99,7 +107,8 @@ def exchange(
     """
     agreed = _agreed.setdefault(group, Agreed())
     R, rank = group.size(), group.rank()
-    sizes = agreed.sizes.get(classes) or (classes,) * R
+    settled = agreed.went_well.get((note, classes))
+    sizes = settled.sizes if settled else agreed.sizes.get(classes) or (classes,) * R
     guess = (sum(sizes[:rank]), sum(sizes))
     vectors, failure = _attempt(compute, *guess)
     while True:
@@ -109,10 +118,10 @@ def exchange(
         gathered = _gather(group, agreed, own, _message(own, vectors, length, device))
         words = gathered[:, :HEADER].contiguous().view(torch.int64)
 
-        before, needed = agreed.went_well.get((note, classes), (None, 0))
-        if before is not None and failure is None and needed <= length:
-            torch._assert_async((words == before).all(), "group: the ranks no longer agree, or one of them has failed")
-            agreed.saw(needed)
+        if settled is not None and failure is None and settled.needed <= length:
+            same = (words == settled.headers).all()
+            torch._assert_async(same, "group: the ranks no longer agree, or one of them has failed")
+            agreed.saw(settled.needed)
             return gathered[:, HEADER:need], sizes
 
         headers = [Header.read(row) for row in words.tolist()]
@@ -132,10 +141,10 @@ def exchange(
             _raise_failure(headers, failure)
         if needed > length:
             continue
-        if device.type != "cpu":
+        if _checks_later(device):
             if len(agreed.went_well) == MEMORY:
                 agreed.went_well.clear()
-            agreed.went_well[note, classes] = words, needed
+            agreed.went_well[note, classes] = Settled(words, needed, sizes)
         return gathered[:, HEADER:need], sizes
 
 
@@ -166,6 +175,11 @@ class Excused(AbstractContextManager[None]):
             raise error
 
         exchange(self.group, -1, "", self.device, fail)
+
+
+def _checks_later(device: torch.device) -> bool:
+    """Whether to look at a header makes the host wait for the device."""
+    return device.type != "cpu"
 
 
 def _attempt(compute: Compute, start: int, total: int) -> tuple[list[Tensor], Exception | None]:
