@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row
         for row in rows
         if row["contender"].startswith("xent")
-        and (row["error"] > TOLERANCE or not all(v.startswith("right") for v in row["cases"].values()))
+        and (not row["error"] <= TOLERANCE or not all(v.startswith("right") for v in row["cases"].values()))
     ]
     for row in wrong:
         print(f"parallel.py: {row['contender']}: wrong: error {row['error']:.0e}, {row['cases']}", file=sys.stderr)
