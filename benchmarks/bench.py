@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+import linear
 import loss
 import torch
 from cli import natural, refusal
 from contenders import CONTENDERS
-from report import Row, chart, machine, save, show
+from report import Row, chart, machine, memory_chart, save, show
 from rich.console import Console
 
 
@@ -35,6 +36,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="two cases, float32, few rounds: within a minute")
     add("--list", action="store_true", help="name the cases and the contenders, and end")
     add("--case", nargs="+", type=loss.Case.parse, metavar="SHAPE[:IGNORED]", help="default: see --list")
+    shape = linear.Shape.parse
+    add("--linear", nargs="*", type=shape, metavar="NxDxC", help="the linear section; default: 2048x768x50257")
     add("--dtype", nargs="+", choices=list(loss.TOLERANCE), help="default: float32 bfloat16")
     add("--threads", nargs="+", type=natural, help="default: torch's own choice")
     add("--rounds", type=natural, help="timings of each contender; their median counts; default: 15")
@@ -42,7 +45,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="save machine, versions and all figures")
     add("--png", type=Path, metavar="FILE", help="save a chart")
     options = parser.parse_args(argv)
-    options.case = options.case or (loss.QUICK if options.quick else loss.CASES)
+    if options.linear is not None and options.quick:
+        parser.error("--quick has no linear section")
+    options.case = options.case or ([] if options.linear is not None else loss.QUICK if options.quick else loss.CASES)
+    options.linear = [linear.DEFAULT] if options.linear == [] else options.linear or []
     options.dtype = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
     options.rounds = options.rounds or (5 if options.quick else 15)
     options.threads = options.threads or [torch.get_num_threads()]
@@ -66,6 +72,14 @@ def run(options: argparse.Namespace, console: Console, rows: list[Row]) -> None:
             for row in loss.measure(case, dtype, options.device, options.threads, options.rounds, options.memory):
                 rows.append(row)
             show(console, rows[start:])
+    for shape in options.linear:
+        for dtype in options.dtype:
+            start = len(rows)
+            console.print(f"\nlinear {shape} {dtype}: checking, then timing ...")
+            for threads in options.threads:
+                measured = linear.measure(shape, dtype, options.device, threads, options.rounds, options.memory)
+                rows.extend(measured)
+            show(console, rows[start:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,8 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     if options.json:
         save(options.json, rows, vars(options))
-    if options.png:
+    if options.png and options.case:
         chart(options.png, rows)
+    elif options.png:
+        shape, dtype = options.linear[0], options.dtype[0]
+        memory_chart(options.png, f"{shape} {dtype}: N = rows", *linear.memory_curves(shape, dtype, options.threads[0]))
     bad = [row for row in rows if row.status in ("wrong", "failed")]
     for row in bad:
         print(f"bench.py: {row.contender} on {row.case} {row.dtype}: {row.status}: {row.note}", file=sys.stderr)

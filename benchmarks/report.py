@@ -32,9 +32,10 @@ class Row:
     contender: str
     threads: int
     ms: float | None = None  #        median of forward + backward
-    ratio: float | None = None  #     ms over the ms of F.cross_entropy, same case and threads
+    ratio: float | None = None  #     ms over the ms of F.cross_entropy (of three products), same case and threads
     gb_per_s: float | None = None  #  useful bytes (see the section's file) over time
     memory: float | None = None  #    peak beyond the logits, in units of the logits; the gradient is 1 of it
+    extra_mib: list[float] | None = None  # linear section: memory beyond the gradients, for N and for 8 N rows
     error: float | None = None  #     largest relative error against float64
     status: Status = "ok"
     note: str = ""
@@ -76,13 +77,18 @@ def table(rows: Sequence[Row]) -> Table:
         padding=(0, 1, 0, 0),
     )
     result.add_column("forward + backward")
-    for head in ["ms", "ratio", "GB/s", "memory", "error"] + ["threads", "speed-up"] * scaled:
+    measures = ["MiB", "MiB, 8 N"] if first.section == "linear" else ["GB/s", "memory"]
+    for head in ["ms", "ratio", *measures, "error"] + ["threads", "speed-up"] * scaled:
         result.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         if row.status != "ok":
             continue
-        cells = [_number(row.ms, ".4g"), _number(row.ratio, ".2f"), _number(row.gb_per_s, ".1f")]
-        cells += [_number(row.memory, ".2f"), _number(row.error, ".0e")]
+        cells = [_number(row.ms, ".4g"), _number(row.ratio, ".2f")]
+        if first.section == "linear":
+            cells += [_number(mib, ".0f") for mib in row.extra_mib or (None, None)]
+        else:
+            cells += [_number(row.gb_per_s, ".1f"), _number(row.memory, ".2f")]
+        cells.append(_number(row.error, ".0e"))
         if scaled:
             one = next(r for r in rows if r.contender == row.contender)  # with the first number of threads
             cells += [str(row.threads), f"{one.ms / row.ms:.2f}" if one.ms and row.ms else ""]
@@ -119,6 +125,20 @@ def figure_style() -> Any:
     plt.rcParams.update({"axes.labelcolor": GREY, "axes.edgecolor": GREY})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     return plt
+
+
+def memory_chart(path: Path, title: str, rows: Sequence[int], curves: dict[str, list[float]]) -> None:
+    """Memory beyond the gradients against the number of rows, a line for each contender."""
+    plt = figure_style()
+    figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    for name, curve in curves.items():
+        color = XENT if name.startswith("xent") else OTHER
+        ax.plot(rows, curve, color=color, marker="o", markersize=3)
+        ax.annotate(name, (rows[-1], curve[-1]), (5, 0), textcoords="offset points", color=color, va="center")
+    ax.set(xscale="log", yscale="log", xticks=rows, xlabel="rows", ylabel="MiB beyond the gradients", title=title)
+    ax.set_xticklabels([str(n) for n in rows])
+    ax.margins(x=0.35)
+    figure.savefig(path, transparent=True, dpi=120)
 
 
 def chart(path: Path, rows: Sequence[Row]) -> None:
