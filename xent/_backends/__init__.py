@@ -78,8 +78,7 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
         return
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if target.device.type != "cpu" or torch.compiler.is_compiling():
-        # No host sync: the assertion fires on the device, some time after the launch, as torch's own does.
-        torch._assert_async(~bad.any(), f"target: expected class indices in [0, {classes}) or {ignore_index=}")
+        assert_on_device(~bad.any(), classes, ignore_index)
     elif bad.any():
         where = int(bad.nonzero()[0])
         raise IndexError(
@@ -95,3 +94,8 @@ def advise_huge_pages(out: Tensor) -> Tensor:
         length = (out.data_ptr() + out.nbytes) // HUGE_PAGE * HUGE_PAGE - begin
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_HUGEPAGE)  # a hint: may fail
     return out
+
+
+def assert_on_device(in_range: Tensor, classes: int, ignore_index: int) -> None:
+    """No host sync: the assertion fires on the device, some time after the launch, as torch's own does."""
+    torch._assert_async(in_range, f"target: expected class indices in [0, {classes}) or {ignore_index=}")
