@@ -20,7 +20,7 @@ except ImportError as error:
 
 from .triton_backward import logits_grad_kernel
 from .triton_forward import combine_kernel, lse_and_pick_kernel
-from .triton_plan import WARPS, choose, processors, share
+from .triton_plan import choose, options, processors, share
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ABOUT = f"Triton {triton.__version__}, " + ("interpreted: slow, for tests" if INTERPRETED else "for CUDA and ROCm")
@@ -83,7 +83,7 @@ def lse_and_pick(
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         lse_and_pick_kernel[triton.cdiv(N, how.R), splits](
             logits, *logits.stride(), target, *_strides(target), w, *results, parts, in_range,
-            N, C, start, classes, ignore_index, scale, softcap or 1.0, span, how, num_warps=WARPS, num_stages=1,
+            N, C, start, classes, ignore_index, scale, softcap or 1.0, span, how, **options(how),
         )  # fmt: skip
         if parts is not None:
             how = replace(how, R=1, K=splits)
@@ -125,7 +125,7 @@ def logits_grad(
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         logits_grad_kernel[triton.cdiv(N, how.R), splits](
             logits, *logits.stride(), out, *out.stride(), target, *_strides(target), w, *numbers,
-            N, C, start, ignore_index, scale, softcap or 1.0, span, how, num_warps=WARPS, num_stages=1,
+            N, C, start, ignore_index, scale, softcap or 1.0, span, how, **options(how),
         )  # fmt: skip
     return out
 

@@ -7,7 +7,7 @@ and nobody else touches what is in it.
 import triton
 import triton.language as tl
 
-from .triton_rows import VARYING, address, cut, edges, interior, read_target, scores
+from .triton_rows import VARYING, address, cut, edges, exp, interior, read_target, scores
 
 
 @triton.jit
@@ -23,42 +23,42 @@ def coefficients(lse, g_lse, g_entropy, how: tl.constexpr):
     lse = high + low: what F can hold of it, and the decimals that are left, which go into the factors of the row.
     Probabilities stay exact where the logits are so large that float32 does not hold the decimals of lse.
     """
-    high = lse.to(how.F)
-    low = (lse - high.to(tl.float64)).to(how.F)
+    high = lse.to(how.real)
+    low = (lse - high.to(tl.float64)).to(how.real)
     low = tl.where(low == low, low, 0.0)  # inf - inf: an infinite lse has no decimals
-    a, h, factor = g_lse.to(how.F), None, tl.exp(-low)
+    a, h, factor = g_lse.to(how.real), None, exp(-low, how)
     if g_entropy is not None:
-        h = g_entropy.to(how.F)
+        h = g_entropy.to(how.real)
         a += h * low
         h = (h * factor)[:, None, None]
     return high[:, None, None], (a * factor)[:, None, None], h
 
 
 @triton.jit
-def write(x, out, q, w, offset, column, there, counts, y, numbers, h, b, strides, scale, softcap,
+def write(x, out, q, w, offset, column, there, counts, y, numbers, h, b, strides, bend,
           aligned: tl.constexpr, how: tl.constexpr):  # fmt: skip
     """The gradient at `offset` from out: z' (exp(t) (a - h t) + g [c = y] + b w) with t = z - high, rounded once."""
     high, a, g = numbers
     c_stride, out_stride, q_stride = strides
     x = tl.load(address(x, offset, c_stride, how.x_align, aligned), there & counts, 0.0)
-    z, slope = scores(x, scale, softcap, how)
+    z, slope = scores(x, bend, how)
     t = z - high
     if h is not None:
         a = a - h * tl.maximum(t, -1e4)  # p log p is 0 where p is 0: no 0 * -inf
-    d = tl.exp(t) * a
+    d = exp(t, how) * a
     if w is not None:
         w = tl.load(address(w, offset, 1, how.w_align, aligned), there, 0.0)
     if q is None:
         d += tl.where(column == y, g, 0.0)
     else:
-        q = tl.load(address(q, offset, q_stride, how.q_align, aligned), there, 0.0).to(how.F)
+        q = tl.load(address(q, offset, q_stride, how.q_align, aligned), there, 0.0).to(how.real)
         d += g * q if w is None else g * (q * w)
     if b is not None:
         d += b if w is None else b * w
     if how.scaled or how.capped:
         d *= slope
-    d = tl.where(counts, d, 0.0).to(out.dtype.element_ty)
-    tl.store(address(out, offset, out_stride, how.out_align, aligned), d, there)
+    # Of a row that does not count every number is 0, and with them d.
+    tl.store(address(out, offset, out_stride, how.out_align, aligned), d.to(out.dtype.element_ty), there)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -78,9 +78,9 @@ def logits_grad_kernel(
     counts, y = read_target(target, t_stride, rows, inside, C, start, ignore_index, how)
     h = None if g_entropy is None else number(g_entropy, ge_stride, rows, counts)
     high, a, h = coefficients(number(lse, lse_stride, rows, counts), number(g_lse, gl_stride, rows, counts), h, how)
-    g = number(g_picked, gp_stride, rows, counts).to(how.F)[:, None, None]
-    b = None if g_wsum is None else number(g_wsum, gw_stride, rows, counts).to(how.F)[:, None, None]
-    numbers, strides = (high, a, g), (c_stride, oc_stride, q_stride)
+    g = number(g_picked, gp_stride, rows, counts).to(how.real)[:, None, None]
+    b = None if g_wsum is None else number(g_wsum, gw_stride, rows, counts).to(how.real)[:, None, None]
+    numbers, strides, bend = (high, a, g), (c_stride, oc_stride, q_stride), (scale, softcap)
 
     row, result = x + rows * x_stride, out + rows * out_stride
     head, vectors = cut(row, C, how)
@@ -88,31 +88,14 @@ def logits_grad_kernel(
     k = None if w is None else w + tl.zeros_like(rows)
     y, inside, counts = y[:, None, None], inside[:, None, None], counts[:, None, None]
     if how.edges:
-        column, there = edges(head, vectors, C, how)
+        single, there = edges(head, vectors, C, how)
         there &= inside & (split == 0)
-        write(row, result, q, k, column, column, there, counts, y, numbers, h, b, strides, scale, softcap, False, how)
-        row, result = row + head, result + head
+        write(row, result, q, k, single, single, there, counts, y, numbers, h, b, strides, bend, False, how)
+        row, result = row + head, result + head.to(tl.int64) * oc_stride
         q, k = None if q is None else q + head.to(tl.int64) * q_stride, None if k is None else k + head
     head, vectors = head[:, None, None], vectors[:, None, None]
     for first in range(split * span, tl.minimum(split * span + span, tl.max(vectors)), how.K):
         vector, offset = interior(first, how)
         there = inside & (vector < tl.minimum(vectors, split * span + span))
-        write(
-            row,
-            result,
-            q,
-            k,
-            offset,
-            head + offset,
-            there,
-            counts,
-            y,
-            numbers,
-            h,
-            b,
-            strides,
-            scale,
-            softcap,
-            True,
-            how,
-        )
+        column = head + offset
+        write(row, result, q, k, offset, column, there, counts, y, numbers, h, b, strides, bend, True, how)

@@ -18,7 +18,7 @@ operations. Where programs share a row, each writes down its state, and `combine
 import triton
 import triton.language as tl
 
-from .triton_rows import VARYING, address, cut, edges, interior, read_target, scores
+from .triton_rows import VARYING, address, cut, edges, exp, interior, read_target, scores
 
 NEVER = tl.constexpr(2**31 - 1)  # a column that no row has
 MINUS_INFINITY = tl.constexpr(float("-inf"))
@@ -27,8 +27,8 @@ MINUS_INFINITY = tl.constexpr(float("-inf"))
 @triton.jit
 def nothing(how: tl.constexpr):
     """The state (R, K) of lanes that have not seen a score."""
-    zero = tl.full([how.R, how.K], 0.0, how.F)
-    m, where = tl.full([how.R, how.K], how.lowest, how.F), tl.full([how.R, how.K], NEVER, tl.int32)
+    zero = tl.full([how.R, how.K], 0.0, how.real)
+    m, where = tl.full([how.R, how.K], how.lowest, how.real), tl.full([how.R, how.K], NEVER, tl.int32)
     return m, zero, zero, zero, zero, zero, zero, zero + MINUS_INFINITY, where
 
 
@@ -43,9 +43,9 @@ def absorb(state, z, w, t, column, how: tl.constexpr):
     """The state after a tile of scores. Where there is none, z is -inf, and w and t are 0."""
     m, s, eu, wu, wk, tu, tk, top, where = state
     peak = tl.maximum(m, tl.max(z, 2))
-    shrink, move = tl.exp(m - peak), tl.maximum(m - peak, how.lowest)  # not -inf: of an empty sum that made 0 * -inf
+    shrink, move = exp(m - peak, how), tl.maximum(m - peak, how.lowest)  # not -inf: of an empty sum that made 0 * -inf
     u = z - peak[:, :, None]
-    e = tl.exp(u)
+    e = exp(u, how)
     if how.entropy:
         eu = shrink * eu + shrink * s * move + tl.sum(tl.where(e == 0, 0.0, e * u), 2)
     s = shrink * s + tl.sum(e, 2)
@@ -67,7 +67,7 @@ def collapse(state, how: tl.constexpr):
     """The state (R,) of rows from the states (R, K) of their lanes."""
     m, s, eu, wu, wk, tu, tk, top, where = state
     peak, best = tl.max(m, 1), tl.max(top, 1)
-    shrink, move = tl.exp(m - peak[:, None]), tl.maximum(m - peak[:, None], how.lowest)
+    shrink, move = exp(m - peak[:, None], how), tl.maximum(m - peak[:, None], how.lowest)
     eu = tl.sum(shrink * eu + shrink * s * move, 1)
     wu, tu = tl.sum(wu + wk * move, 1), tl.sum(tu + tk * move, 1)
     where = tl.min(tl.where(top == best[:, None], where, NEVER), 1)
@@ -93,18 +93,18 @@ def finish(state, rows, inside, counts, w_sum, lse, picked, mass, wsum, entropy,
 
 
 @triton.jit
-def read(state, x, q, w, offset, column, there, c_stride, q_stride, scale, softcap,
+def read(state, x, q, w, offset, column, there, c_stride, q_stride, bend,
          aligned: tl.constexpr, how: tl.constexpr):  # fmt: skip
     """The state after the tile at `offset` from x, q and w, as far as it is `there`."""
     x = tl.load(address(x, offset, c_stride, how.x_align, aligned), there, MINUS_INFINITY)
-    z, _ = scores(x, scale, softcap, how)
+    z, _ = scores(x, bend, how)
     if how.scaled or how.capped:
         z = tl.where(there, z, MINUS_INFINITY)
     k, t = None, None
     if w is not None:
         k = tl.load(address(w, offset, 1, how.w_align, aligned), there, 0.0)
     if q is not None:
-        t = tl.load(address(q, offset, q_stride, how.q_align, aligned), there, 0.0).to(how.F)
+        t = tl.load(address(q, offset, q_stride, how.q_align, aligned), there, 0.0).to(how.real)
         t = t if w is None else t * k
     if not how.wsum:
         k = None
@@ -130,11 +130,11 @@ def lse_and_pick_kernel(
     split = tl.program_id(1)
     inside = rows < N
     counts, y = read_target(target, t_stride, rows, inside, C, start, ignore_index, how)
-    row = x + rows * x_stride
+    row, bend = x + rows * x_stride, (scale, softcap)
     if not how.soft:
         index = tl.load(target + rows * t_stride, inside, ignore_index).to(tl.int64)
         tl.store(in_range + rows * 0, 0, (index != ignore_index) & ((index < 0) | (index >= classes)))
-        z, _ = scores(tl.load(row + y.to(tl.int64) * c_stride, counts & (y >= 0), 0.0), scale, softcap, how)
+        z, _ = scores(tl.load(row + y.to(tl.int64) * c_stride, counts & (y >= 0), 0.0), bend, how)
         tl.store(picked + rows, z.to(tl.float64), inside & (split == 0))
 
     head, vectors = cut(row, C, how)
@@ -142,17 +142,17 @@ def lse_and_pick_kernel(
     k = None if w is None else w + tl.zeros_like(rows)
     state = nothing(how)
     if how.edges:
-        column, there = edges(head, vectors, C, how)
+        single, there = edges(head, vectors, C, how)
         there &= counts[:, None, None] & (split == 0)
-        state = read(state, row, q, k, column, column, there, c_stride, q_stride, scale, softcap, False, how)
+        state = read(state, row, q, k, single, single, there, c_stride, q_stride, bend, False, how)
         row, q, k = row + head, None if q is None else q + head.to(tl.int64) * q_stride, None if k is None else k + head
     begin = split * span
     end = tl.minimum(begin + span, tl.max(tl.where(counts, vectors, 0), 0))  # none to read if no row counts
     for first in range(begin, end, how.K):
         vector, offset = interior(first, how)
         there = counts[:, None, None] & (vector < tl.minimum(vectors, end)[:, None, None])
-        number = head[:, None, None] + offset
-        state = read(state, row, q, k, offset, number, there, c_stride, q_stride, scale, softcap, True, how)
+        column = head[:, None, None] + offset
+        state = read(state, row, q, k, offset, column, there, c_stride, q_stride, bend, True, how)
 
     state = collapse(state, how)
     if parts is None:
@@ -173,5 +173,5 @@ def combine_kernel(parts, target, t_stride, w_sum, lse, picked, mass, wsum, entr
     state = ()
     for field in tl.static_range(9):
         number = tl.load(part + field * N * how.K)
-        state += (number.to(tl.int32 if field == 8 else how.F),)
+        state += (number.to(tl.int32 if field == 8 else how.real),)
     finish(collapse(state, how), rows, rows < N, counts, w_sum, lse, picked, mass, wsum, entropy, argmax)

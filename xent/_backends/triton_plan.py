@@ -28,7 +28,7 @@ class How:
     R: int  # rows of a tile
     K: int  # vectors of a row in a tile
     V: int  # logits of a vector
-    F: Any  # dtype of arithmetic on single logits, and its lowest finite number
+    real: Any  # dtype of arithmetic on single logits, and its lowest finite number
     lowest: float
     tanh_terms: int  # see triton_rows.tanh
     edges: bool  # whether a row may begin or end within a vector
@@ -60,7 +60,7 @@ def choose(
         R=TILE // K,
         K=K,
         V=V,
-        F=tl.float64 if double else tl.float32,
+        real=tl.float64 if double else tl.float32,
         lowest=torch.finfo(compute_dtype(logits)).min,
         tanh_terms=19 if double else 11,
         edges=edges,
@@ -83,6 +83,18 @@ def share(how: How, N: int, C: int, processors: int) -> tuple[int, int]:
     missing = ENOUGH * processors // triton.cdiv(N, how.R)
     splits = max(1, min(triton.next_power_of_2(missing + 1) // 2, triton.next_power_of_2(tiles + 1) // 2))
     return splits, triton.cdiv(tiles, splits) * how.K
+
+
+def options(how: How) -> dict[str, int]:
+    """How to compile: with room enough for registers that the loads of a tile are all on their way at once.
+
+    Left alone, NVIDIA's assembler prefers to load a vector, work on it, load the next; or even spills to stay small.
+    """
+    extras = how.soft + how.wsum + how.capped + (how.entropy or how.argmax)
+    lean = extras == 0 and how.R == 1 and how.out_align in (0, how.x_align)
+    limit = 64 if lean else 128 if extras + (how.real == tl.float64) < 2 else 255
+    found = {"num_warps": WARPS, "num_stages": 1}
+    return found if torch.version.hip else {**found, "maxnreg": limit}
 
 
 @functools.cache

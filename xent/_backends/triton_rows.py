@@ -28,7 +28,7 @@ VARYING = [  # numbers that may change from call to call without a new compilati
 def read_target(target, stride, rows, inside, C, start, ignore_index, how: tl.constexpr):
     """Whether each row counts, and the column of its target: -1 where that is not among the C held here."""
     if how.soft:
-        return inside, tl.zeros_like(rows).to(tl.int32) - 1
+        return inside, tl.full(rows.shape, -1, tl.int32)
     y = tl.load(target + rows * stride, inside, ignore_index).to(tl.int64)
     here = (y >= start) & (y - start < C)
     return inside & (y != ignore_index), tl.where(here, y - start, -1).to(tl.int32)
@@ -37,7 +37,7 @@ def read_target(target, stride, rows, inside, C, start, ignore_index, how: tl.co
 @triton.jit
 def cut(row, C, how: tl.constexpr):
     """Of rows that begin at these addresses: the columns before the first vector, and the number of vectors."""
-    head = tl.zeros_like(row.to(tl.int64)).to(tl.int32)
+    head = tl.full(row.shape, 0, tl.int32)
     if how.edges:
         past = (row.to(tl.int64) & 15).to(tl.int32) // (16 // how.V)
         head = tl.minimum((how.V - past) % how.V, C)
@@ -69,16 +69,24 @@ def address(row, offset, stride, align: tl.constexpr, aligned: tl.constexpr):
 
 
 @triton.jit
+def exp(t, how: tl.constexpr):
+    """Through exp2, where the compiler takes the device's instruction as it is: tl.exp spends three more on results
+    below 1e-38, which are 0 here."""
+    return tl.exp(t) if how.real == tl.float64 else tl.exp2(t * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(t, how: tl.constexpr):
     """Exact near 0, too: there, Lambert's t / (1 + t²/(3 + t²/(5 + ...))), and else (1 - e) / (1 + e), e = exp(-2t).
 
     Each is a quotient, and so one division does for both.
     """
     a, square = tl.abs(t), t * t
-    e = tl.exp(-2 * a)
+    e = exp(-2 * a, how)
     above_before, above = tl.zeros_like(a), a
     below_before, below = tl.zeros_like(a) + 1, tl.zeros_like(a) + 1
-    for odd in tl.static_range(3, how.tanh_terms, 2):
+    terms: tl.constexpr = how.tanh_terms
+    for odd in tl.static_range(3, terms, 2):
         above_before, above = above, odd * above + square * above_before
         below_before, below = below, odd * below + square * below_before
     small = a < 0.6
@@ -87,12 +95,13 @@ def tanh(t, how: tl.constexpr):
 
 
 @triton.jit
-def scores(x, scale, softcap, how: tl.constexpr):
-    """z and dz/dx."""
-    x, scale, softcap = x.to(how.F), tl.full((), scale, how.F), tl.full((), softcap, how.F)
+def scores(x, bend, how: tl.constexpr):
+    """z and dz/dx; `bend` is (scale, softcap)."""
+    z, scale, softcap = x.to(how.real), tl.full((), bend[0], how.real), tl.full((), bend[1], how.real)
+    slope = scale
     if how.capped:
-        bent = tanh(x * (scale / softcap), how)
-        return bent * softcap, scale * (1 - bent * bent)
-    if how.scaled:
-        return x * scale, scale
-    return x, scale
+        bent = tanh(z * (scale / softcap), how)
+        z, slope = bent * softcap, scale * (1 - bent * bent)
+    elif how.scaled:
+        z *= scale
+    return z, slope
