@@ -270,7 +270,7 @@ def test_tiles(dtype: torch.dtype, odd: bool, target: str) -> None:
     assert len(seen) == len(vocabularies(dtype, odd))
 
 
-# Instructions per logit, of forward and of backward. Beyond 18 and 36 an H100 (19 and 38: an A100) could not keep up
+# Instructions per logit, of forward and of backward. Beyond 17 and 34 an H100 (19 and 39: an A100) could not keep up
 # with its memory in bfloat16, beyond twice as many in float32: xent/_backends/triton.py derives it.
 INSTRUCTIONS = {BFLOAT: (11, 18), FLOAT: (15, 20)}
 

@@ -1,0 +1,183 @@
+"""What is the triton backend's own: rows cut into vectors, shared among programs; what it refuses; the range check.
+
+The rest is the suite of the primitives, which it passes in Triton's interpreter:
+
+    TRITON_INTERPRET=1 XENT_BACKEND=triton python -m pytest tests/test_primitives.py tests/test_primitives_edges.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import EVERYTHING, assert_stats, every_dtype, rows, truth_for, upstream
+
+from xent import _primitives
+from xent._primitives import logits_grad, lse_and_pick
+
+if _primitives.FORCED != "triton":  # where it is asked for and missing, that is a failure
+    pytest.importorskip("triton")
+
+from xent._backends import triton as backend
+from xent._backends import triton_plan as plan
+
+interpreted = pytest.mark.skipif(
+    not (backend.INTERPRETED and _primitives.FORCED == "triton"), reason="needs TRITON_INTERPRET=1 XENT_BACKEND=triton"
+)
+
+
+def agree(x: torch.Tensor, target: torch.Tensor, out: torch.Tensor | None = None) -> None:
+    """Both primitives, all of their results, against the truth."""
+    got, truth = lse_and_pick(x, target, **EVERYTHING), truth_for(x, target)
+    assert_stats(got, truth, x, target)
+    g = upstream(len(x))
+    expected = oracle.gradient(x, target, truth.lse, g)
+    grad = logits_grad(x, target, got.lse, **g, out=out)
+    oracle.assert_grad(grad, expected, None if target.is_floating_point() else target, slack=2)
+
+
+@interpreted
+@every_dtype
+@pytest.mark.parametrize("C", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_every_footing(offset: int, C: int, dtype: torch.dtype) -> None:
+    """Rows that begin and end anywhere within a vector, and rows that are shorter than one."""
+    x, y = rows(dtype, N=9, C=C)
+    memory = torch.full((offset + x.numel() + 16,), torch.nan, dtype=dtype)
+    own = memory[offset : offset + x.numel()].view_as(x).copy_(x)
+    agree(own, y)
+    agree(own, y, out=own)
+    assert memory[:offset].isnan().all()
+    assert memory[offset + x.numel() :].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("steps", [(1, 0), (0, 1), (3, 2)], ids=str)
+@every_dtype
+def test_gradient_out_of_step(steps: tuple[int, int], dtype: torch.dtype) -> None:
+    """The result's rows begin elsewhere within their vectors than the logits' do, by base address or by stride."""
+    x, y = rows(dtype, N=5, C=40)
+    wide = torch.full((5 * (40 + steps[1]) + 8,), torch.nan, dtype=dtype)
+    out = wide[steps[0] :].as_strided((5, 40), (40 + steps[1], 1), steps[0])
+    agree(x, y, out=out)
+    assert wide.isnan().sum() == len(wide) - 200
+
+
+@interpreted
+@pytest.mark.parametrize("target_dtype", oracle.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("step", [0, 1])
+@every_dtype
+def test_probabilities_out_of_step(step: int, dtype: torch.dtype, target_dtype: torch.dtype) -> None:
+    x, q = rows(dtype, N=3, C=41, soft=True)
+    memory = torch.empty(q.numel() + step, dtype=target_dtype)
+    agree(x, memory[step:].view_as(q).copy_(q))
+
+
+@interpreted
+@pytest.mark.parametrize("processors", [1, 7, 132])
+@pytest.mark.parametrize("soft", [False, True])
+def test_rows_in_parts(processors: int, soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many programs share a row, and whatever is in their parts: -inf, the target, the first of the largest."""
+    monkeypatch.setattr(backend, "processors", lambda device: processors)
+    x, target = rows(torch.float32, N=3, C=12 * 2048 + 5, soft=soft)
+    x[0, 100:9000] = -torch.inf
+    x[1, [5000, 20000, 24000]] = 40
+    x[2, :20000] = -torch.inf
+    if soft:
+        target = target.masked_fill(x == -torch.inf, 0)
+        got, truth = lse_and_pick(x, target, want_entropy=True, want_argmax=True), truth_for(x, target)
+        assert_stats(got, truth, x, target)
+        return
+    target = torch.tensor([x.shape[1] - 1, 5000, 20001])
+    got, truth = lse_and_pick(x, target, want_entropy=True, want_argmax=True), truth_for(x, target)
+    assert_stats(got, truth, x, target)
+    assert got.argmax is not None
+    assert got.argmax[1] == 5000
+    g = upstream(3, ("g_lse", "g_picked", "g_entropy"))
+    oracle.assert_grad(logits_grad(x, target, got.lse, **g), oracle.gradient(x, target, truth.lse, g), target)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 31, 32, 33, 131, 1055, 1056, 100_000])
+@pytest.mark.parametrize("C", [1, 40, 2048, 2049, 12345, 50257, 262144])
+def test_shares(N: int, C: int) -> None:
+    """Every vector is somebody's, nobody's share is empty of tiles, and where rows are few the device is filled."""
+    how = plan.choose(torch.empty(1, C).expand(N, C), torch.zeros(N, dtype=torch.int64), None, 1.0, None)
+    splits, span = plan.share(how, N, C, processors=132)
+    assert splits & (splits - 1) == 0
+    assert span % how.K == 0
+    assert splits * span >= C // how.V
+    tiles = -(-(C // how.V) // how.K)
+    programs = -(-N // how.R) * splits
+    assert splits == 1 or programs <= plan.ENOUGH * 132
+    assert 2 * programs > plan.ENOUGH * 132 or 2 * splits > tiles
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", [-1, 37, 2**40, -(2**40)])
+@every_dtype
+def test_target_out_of_range(wrong: int, dtype: torch.dtype) -> None:
+    """Nothing is read through it, and the interpreter's tensors, being the CPU's, raise at once."""
+    x, y = rows(dtype)
+    y[7] = wrong
+    with pytest.raises(IndexError, match=rf"\[0, 37\).*got {wrong} \(row 7 of 13\)"):
+        lse_and_pick(x, y)
+
+
+@interpreted
+def test_the_flag_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device the kernel's own flag goes into an assertion there, without a look from here."""
+    flags: list[torch.Tensor] = []
+    monkeypatch.setattr(backend, "assert_on_device", lambda flag, *_: flags.append(flag))
+    monkeypatch.setattr(backend, "_on_device", lambda logits: True)
+    x, y = rows(torch.float32)
+    lse_and_pick(x, y)
+    y[3] = 37
+    lse_and_pick(x, y)
+    y[3] = -100
+    lse_and_pick(x, y)
+    assert [bool(flag) for flag in flags] == [True, False, True]
+
+
+def test_refusals() -> None:
+    """It takes what is on a device, and the CPU's tensors only where the interpreter was asked for by name."""
+    x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    reason = backend.refusal(x, y)
+    if backend.INTERPRETED and os.environ.get("XENT_BACKEND") == "triton":
+        assert reason is None
+        assert "float8" in str(backend.refusal(x.to(torch.float8_e4m3fn), y))
+        assert "int16" in str(backend.refusal(x, y.short()))
+        assert "sparse" in str(backend.refusal(x.to_sparse(), y))
+        assert "negated" in str(backend.refusal(torch.zeros(2, 3, dtype=torch.complex64).conj().imag, y))
+        assert "meta" in str(backend.refusal(x.to("meta"), y))
+    else:
+        assert reason is not None
+        assert "cpu" in reason or "interpreter" in reason
+
+
+CHOSEN = """
+import sys, torch
+from xent import _primitives
+sys.modules["xent._backends._native"] = None  # as if it could not be built
+print(_primitives.backend_for(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)).__name__)
+"""
+
+
+@pytest.mark.parametrize(("forced", "expected"), [("", "eager"), ("triton", "triton")])
+def test_the_interpreter_is_nobodys_choice(forced: str, expected: str) -> None:
+    """TRITON_INTERPRET=1 alone, which somebody may have set for other kernels, moves nothing onto it."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1", "XENT_BACKEND": forced}
+    child = subprocess.run([sys.executable, "-c", CHOSEN], env=env, capture_output=True, text=True)
+    assert child.stdout == f"xent._backends.{expected}\n", child.stderr
+
+
+def test_missing_triton_says_so() -> None:
+    code = "import sys; sys.modules['triton'] = None\nfrom xent import _primitives\nprint(_primitives.load('triton'))"
+    env: dict[str, Any] = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "triton cannot be imported" in child.stdout
+    assert "pip install" in child.stdout
