@@ -1,12 +1,14 @@
 """How fast, how lean and how exact: `xent.cross_entropy` beside the other ways to compute it, on this machine.
 
     python benchmarks/bench.py --quick
+    python benchmarks/bench.py --device cuda --json gpu.json
     python benchmarks/bench.py --case 4x256x50257 2x128x128256:0.7 --dtype float32 --threads 1 2 --json out.json
 
 First each contender is checked against float64 (loss, and gradient row by row); then forward + backward are timed,
 interleaved, on the same values. The columns: the median time; that time over the time of F.cross_entropy; the bytes
 that any loss must move, over the time (loss.py has the count); the peak memory beyond the logits, in units of the
 logits, the gradient being 1 of it (memory.py); the largest relative error, of the loss or of a row of the gradient.
+On a GPU also the share of what a warm copy of the logits moves; the clock is the device's, and its L2 is cold.
 
 Exit code: 0; 1 if a contender computed something wrong (it is named and not timed) or xent failed; 2 for bad
 options; 130 after Ctrl-C, with everything measured so far reported and saved.
@@ -47,7 +49,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.linear is not None and options.quick:
         parser.error("--quick has no linear section")
-    options.case = options.case or ([] if options.linear is not None else loss.QUICK if options.quick else loss.CASES)
+    usual = loss.CUDA_CASES if options.device == "cuda" else loss.CASES
+    cases = loss.QUICK if options.quick else usual
+    options.case = options.case or ([] if options.linear is not None else cases)
     options.linear = [linear.DEFAULT] if options.linear == [] else options.linear or []
     options.dtype = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
     options.rounds = options.rounds or (5 if options.quick else 15)
@@ -60,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def listing(console: Console) -> None:
     """What --list shows."""
     console.print("cases:", *map(str, loss.CASES), "or any other: classes last, and :0.7 to ignore 70 % of the targets")
+    console.print("cases on a GPU:", *map(str, loss.CUDA_CASES))
     console.print("contenders:", "; ".join(contender.name for contender in CONTENDERS))
 
 

@@ -18,6 +18,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 IGNORE = -100
 BASELINE = "F.cross_entropy"
+COPY = "warm copy_"
 
 
 class Unavailable(Exception):
@@ -108,7 +109,7 @@ CONTENDERS += [
     Contender("Liger-Kernel", lambda: peer("liger_kernel.transformers.functional", "liger_cross_entropy")),
     Contender("quack", lambda: peer("quack.cross_entropy", "cross_entropy")),
     Contender("logits.clone()", lambda: clone, limit=True),
-    Contender("warm copy_", warm_copy, limit=True),
+    Contender(COPY, warm_copy, limit=True),
 ]
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from contenders import BASELINE, CONTENDERS, IGNORE, Contender, Loss, Unavailable
+from contenders import BASELINE, CONTENDERS, COPY, IGNORE, Contender, Loss, Unavailable
 from memory import SMALLEST, growth, peak_of
 from report import Row
 from timing import Run, forced, interleaved
@@ -65,6 +65,15 @@ CASES = [
     Case((4, 256, 50257)),
     Case((4, 256, 50257), ignored=0.7),
     Case((2, 128, 128256)),
+]
+CUDA_CASES = [
+    Case((4096, 1000)),
+    Case((1_000_000, 32)),
+    Case((8, 1024, 50257)),
+    Case((8, 1024, 50304)),
+    Case((8, 1024, 50257), ignored=0.7),
+    Case((4, 1024, 128256)),
+    Case((16, 128256)),  # few rows: each is shared by many programs
 ]
 QUICK = [Case((8, 3, 27)), Case((2, 128, 50257))]
 
@@ -185,4 +194,7 @@ def measure(case: Case, dtype: str, device: str, threads: Sequence[int], rounds:
                 row.ms = seconds * 1e3
                 row.ratio = seconds / times[BASELINE].median if BASELINE in times else None
                 row.gb_per_s = bytes_moved(logits, truth.counted, c) / seconds / 1e9
+        copied = next((row.gb_per_s for c, row in rows.items() if c.name == COPY), None)
+        for row in rows.values():
+            row.of_copy = row.gb_per_s / copied if row.gb_per_s and copied else None
             yield row

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ class Row:
     ms: float | None = None  #        median of forward + backward
     ratio: float | None = None  #     ms over the ms of F.cross_entropy (of three products), same case and threads
     gb_per_s: float | None = None  #  useful bytes (see the section's file) over time
+    of_copy: float | None = None  #   gb_per_s over that of a warm copy of the logits
     memory: float | None = None  #    peak beyond the logits, in units of the logits; the gradient is 1 of it
     extra_mib: list[float] | None = None  # linear section: memory beyond the gradients, for N and for 8 N rows
     error: float | None = None  #     largest relative error against float64
@@ -57,8 +59,17 @@ def machine(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton_version() if device == "cuda" else None,
         "xent": xent.__version__,
     }
+
+
+def triton_version() -> str | None:
+    """Of what is installed, imported or not."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def _number(value: float | None, form: str) -> str:
@@ -77,17 +88,18 @@ def table(rows: Sequence[Row]) -> Table:
         padding=(0, 1, 0, 0),
     )
     result.add_column("forward + backward")
-    measures = ["MiB", "MiB, 8 N"] if first.section == "linear" else ["GB/s", "memory"]
+    is_linear, cuda = first.section == "linear", first.device == "cuda"
+    measures = ["MiB", "MiB, 8 N"] if is_linear else ["GB/s"] + ["of copy"] * cuda + ["memory"]
     for head in ["ms", "ratio", *measures, "error"] + ["threads", "speed-up"] * scaled:
         result.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         if row.status != "ok":
             continue
         cells = [_number(row.ms, ".4g"), _number(row.ratio, ".2f")]
-        if first.section == "linear":
+        if is_linear:
             cells += [_number(mib, ".0f") for mib in row.extra_mib or (None, None)]
         else:
-            cells += [_number(row.gb_per_s, ".1f"), _number(row.memory, ".2f")]
+            cells += [_number(row.gb_per_s, ".1f"), *[_number(row.of_copy, ".0%")] * cuda, _number(row.memory, ".2f")]
         cells.append(_number(row.error, ".0e"))
         if scaled:
             one = next(r for r in rows if r.contender == row.contender)  # with the first number of threads

@@ -456,3 +456,46 @@ def test_peak_memory_is_in_units_of_the_logits() -> None:
 def test_peak_memory_says_what_went_wrong() -> None:
     with pytest.raises(RuntimeError, match=r"no_such_loss.*NameError"):
         memory.peak_of("no_such_loss(logits)", (2, 3), "float32")
+
+
+def test_events_time_the_device_from_a_cold_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two events lies the work and nothing else: not the fresh values, and not what empties the cache."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 4.0  # milliseconds
+
+    class Flush:
+        def zero_(self) -> None:
+            done.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    run = timing.Run("step", lambda x: done.append("step"))
+    copies = [torch.zeros(1), torch.zeros(1)]
+    timer = timing.EventTimer(run, lambda: done.append("refill"), copies, Flush())
+    measured = timer.timeit(1)
+    assert measured.median == 0.004
+    assert measured.label == "step"
+    assert done[:6] == ["refill", "step", "step"] * 2
+    assert done[6:] == ["refill", "flush", "event", "step", "step", "event", "wait"]
+
+
+def test_share_of_a_copy() -> None:
+    """The copy itself has 1; a loss that moves 3 bytes where the copy moves 2 has what its time makes of that."""
+    rows = list(loss.measure(loss.Case((64, 50)), "float32", "cpu", [1], rounds=1, peak=False))
+    copy = next(row for row in rows if row.contender == "warm copy_")
+    assert copy.of_copy == 1
+    for row in rows:
+        if row.status == "ok":
+            assert row.of_copy == pytest.approx(row.gb_per_s / copy.gb_per_s)
+    assert all(row.of_copy is None for row in rows if row.status != "ok")
