@@ -193,23 +193,23 @@ def per_thread(target: str) -> int:
 PLAIN = (1, 0, 0, 0), (1, 0, 1, 0)
 OPTIONS = {
     "bfloat16, odd": (Case(BFLOAT, ODD), *PLAIN, 64),
-    "bfloat16": (Case(BFLOAT, EVEN), *PLAIN, 48),
+    "bfloat16": (Case(BFLOAT, EVEN), *PLAIN, 64),
     "float16, odd": (Case(HALF, ODD), *PLAIN, 64),
-    "float32, odd": (Case(FLOAT, ODD), *PLAIN, 48),
-    "float32": (Case(FLOAT, EVEN), *PLAIN, 48),
-    "float64, odd": (Case(DOUBLE, ODD), *PLAIN, 72),
+    "float32, odd": (Case(FLOAT, ODD), *PLAIN, 64),
+    "float32": (Case(FLOAT, EVEN), *PLAIN, 64),
+    "float64, odd": (Case(DOUBLE, ODD), *PLAIN, 64),
     "few rows": (Case(BFLOAT, ODD, N=3), *PLAIN, 64),
     "a gradient that is out of step": (Case(BFLOAT, ODD, offset=3), (1, 0, 0, 0), (1, 0, 0, 8), 128),
-    "classes apart": (Case(BFLOAT, ODD, apart=True), (0, 1, 0, 0), (0, 1, 0, 1), 64),
-    "softcap": (Case(BFLOAT, ODD, softcap=30.0), *PLAIN, 80),
+    "classes apart": (Case(BFLOAT, ODD, apart=True), (0, 1, 0, 0), (0, 1, 0, 1), 128),
+    "softcap": (Case(BFLOAT, ODD, softcap=30.0), *PLAIN, 128),
     "scale": (Case(BFLOAT, ODD, scale=0.5), *PLAIN, 64),
     "entropy and argmax": (Case(BFLOAT, ODD, everything=True), *PLAIN, 128),
-    "smoothing": (Case(BFLOAT, ODD, smoothing=True), *PLAIN, 80),
-    "smoothing with weights": (Case(BFLOAT, EVEN, smoothing=True, weight=True), (3, 0, 0, 0), (3, 0, 1, 0), 80),
-    "the same, odd": (Case(BFLOAT, ODD, smoothing=True, weight=True), (1, 8, 0, 0), (1, 8, 1, 0), 96),
-    "probabilities": (Case(BFLOAT, ODD, target=BFLOAT), (2, 0, 0, 0), (2, 0, 1, 0), 80),
-    "wide probabilities": (Case(BFLOAT, ODD, target=FLOAT), (3, 0, 0, 0), (3, 0, 1, 0), 80),
-    "narrow probabilities, of 8 bytes a vector": (Case(FLOAT, ODD, target=HALF), (1, 1, 0, 0), (1, 1, 1, 0), 64),
+    "smoothing": (Case(BFLOAT, ODD, smoothing=True), *PLAIN, 128),
+    "smoothing with weights": (Case(BFLOAT, EVEN, smoothing=True, weight=True), (3, 0, 0, 0), (3, 0, 1, 0), 128),
+    "the same, odd": (Case(BFLOAT, ODD, smoothing=True, weight=True), (1, 8, 0, 0), (1, 8, 1, 0), 128),
+    "probabilities": (Case(BFLOAT, ODD, target=BFLOAT), (2, 0, 0, 0), (2, 0, 1, 0), 128),
+    "wide probabilities": (Case(BFLOAT, ODD, target=FLOAT), (3, 0, 0, 0), (3, 0, 1, 0), 128),
+    "narrow probabilities, of 8 bytes a vector": (Case(FLOAT, ODD, target=HALF), (1, 1, 0, 0), (1, 1, 1, 0), 128),
     "everything": (
         Case(BFLOAT, EVEN, target=FLOAT, weight=True, smoothing=True, softcap=30.0, scale=0.5, everything=True),
         (5, 0, 0, 0),
@@ -265,7 +265,7 @@ def test_tiles(dtype: torch.dtype, odd: bool, target: str) -> None:
             reading = read(launch.compile(target), target)
             assert (reading.wide, reading.narrow, reading.stores, reading.others) == expected
             assert reading.spills == 0
-            assert reading.registers <= 96
+            assert reading.registers <= (64 if how.R == 1 else 128)
             assert reading.shared <= SHARED
     assert len(seen) == len(vocabularies(dtype, odd))
 
