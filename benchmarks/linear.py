@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import xent
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (C, D), target (N,) -> loss
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3, "float64": 1e-12}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3, "float64": 1e-12}
 PRODUCTS = "three bare products"
 BLOCKS = (128, 256, 512, 1024)  # rows that F.linear_cross_entropy may take at a time, to find its best
 
@@ -99,8 +99,8 @@ def gradients(head: Head, h: Tensor, W: Tensor, y: Tensor) -> tuple[Tensor, ...]
 
 def error(head: Head, inputs: tuple[Tensor, Tensor, Tensor], truth: tuple[Tensor, ...]) -> float:
     """The largest relative error, of the loss or of the whole of a gradient."""
-    found = gradients(head, *inputs)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
+    found = [t.detach().double() for t in gradients(head, *inputs)]
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
 
 
 def bare(inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[Tensor], object]:

@@ -59,10 +59,15 @@ def torchs(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-class Learner:
-    """A model, its optimizer and its loss function, with the record of its steps."""
+def fused(model: GPT, tokens: Tensor, target: Tensor) -> Tensor:
+    """From the hidden states, without the logits; under autocast the products are in half precision."""
+    return xent.linear_cross_entropy(model.trunk(tokens), model.head.weight, target)
 
-    def __init__(self, name: str, loss: Loss, symbols: int, options: argparse.Namespace) -> None:
+
+class Learner:
+    """A model, its optimizer and its loss function (None: `fused`), with the record of its steps."""
+
+    def __init__(self, name: str, loss: Loss | None, symbols: int, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)  # every learner begins from the same weights
         self.name, self.loss, self.device = name, loss, options.device
         model = GPT(symbols, options.context, options.width, options.layers, options.heads)
@@ -77,9 +82,12 @@ class Learner:
 
     def evaluate(self, tokens: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch."""
+        tokens, target = tokens.to(self.device), target.to(self.device)
         with self.autocast:
-            logits = self.model(tokens.to(self.device))
-        return self.loss(logits, target.to(self.device))
+            if self.loss is None:
+                return fused(self.model, tokens, target)
+            logits = self.model(tokens)
+        return self.loss(logits, target)
 
     def step(self, tokens: Tensor, target: Tensor) -> None:
         """One step of training, timed."""
@@ -203,6 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="the same as --compare --steps 150, with --tolerance 5e-5 in float32")
     add("--compare", action=argparse.BooleanOptionalAction, help="train with F.cross_entropy, too, side by side")
+    add("--fused-head", action="store_true", help="xent takes the hidden states: the logits are never held")
     add("--tolerance", type=float, help="largest relative difference of losses and gradient norms; else exit code 1")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to learn; default: Python's own documentation")
     add("--out", type=Path, metavar="PNG", default=Path("train.png"), help="plot of the curves; default: train.png")
@@ -255,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    pairs = [("xent", ours)] + [("F.cross_entropy", torchs)] * options.compare
+    pairs: list[tuple[str, Loss | None]] = [("xent, fused head", None) if options.fused_head else ("xent", ours)]
+    pairs += [("F.cross_entropy", torchs)] * options.compare
     learners = [Learner(name, loss, len(text.symbols), options) for name, loss in pairs]
     size = sum(weight.numel() for weight in learners[0].model.parameters())
     with Stop() as stop:

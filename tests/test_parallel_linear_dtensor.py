@@ -12,6 +12,7 @@ from ranks import Ranks
 from test_parallel_dtensor import Placements, R, S, full, mesh_of
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -91,15 +92,18 @@ def train(group: ProcessGroup) -> tuple[float, float]:
     torch.manual_seed(0)
     model, alone = Model().double(), Model().double()
     alone.load_state_dict(model.state_dict())
-    parallelize_module(model, mesh_of(group, 1), {"head": ColwiseParallel()})
+    mesh = mesh_of(group, 1)
+    parallelize_module(model, mesh, {"head": ColwiseParallel()})
     x, _, _, y, _ = batch(False)
-    for m in (alone, model):  # hidden states that are a plain tensor, the same on each rank
-        loss = xent.linear_cross_entropy(m.body(x).tanh(), m.head.weight, y, linear_bias=m.head.bias)
+    for m in (alone, model):
+        h = m.body(x).tanh()
+        h = h if m is alone else DTensor.from_local(h, mesh, [R])
+        loss = xent.linear_cross_entropy(h, m.head.weight, y, linear_bias=m.head.bias)
         loss.backward()
     assert isinstance(loss, DTensor)
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(full(p.grad), q.grad, rtol=1e-11, atol=1e-13)
-    hidden = model.body(x).detach().requires_grad_()
+    hidden = DTensor.from_local(model.body(x).detach(), mesh, [R]).requires_grad_()
     with CommDebugMode() as forward:
         loss = xent.linear_cross_entropy(hidden, model.head.weight, y, linear_bias=model.head.bias)
     with CommDebugMode() as backward:
@@ -115,7 +119,9 @@ def tokens(group: ProcessGroup) -> None:
     mesh = mesh_of(group, 1)
     h, W, b, y, _ = batch(False)
     head = [distribute_tensor(t, mesh, [S(0)], src_data_rank=None) for t in (W, b)]
-    stats = xent.linear_token_stats(h, head[0], y, linear_bias=head[1], entropy=True, prediction=True)
+    stats = xent.linear_token_stats(
+        DTensor.from_local(h, mesh, [R]), head[0], y, linear_bias=head[1], entropy=True, prediction=True
+    )
     expected = xent.linear_token_stats(h, W, y, linear_bias=b, entropy=True, prediction=True)
     torch.testing.assert_close([full(stat) for stat in stats], list(expected))
 
@@ -134,6 +140,7 @@ def refused(group: ProcessGroup) -> list[str]:
     texts = []
     for arguments, options in [
         ((place(h, R, R), W, y), {}),
+        ((h, place(W, R, S(0)), y), {}),
         ((h, place(W, R, S(1)), y), {}),
         ((place(h, S(2), R), place(W, R, S(0)), y), {}),
         ((place(h, S(1), R), place(W, R, S(0)), place(y, S(1), R)), {"shift": True}),
@@ -149,6 +156,7 @@ def refused(group: ProcessGroup) -> list[str]:
 def test_what_is_refused(ranks: Ranks) -> None:
     starts = [
         "linear_weight: expected a DTensor like the other arguments, got a plain tensor",
+        "input: expected a DTensor beside a linear_weight that is sharded",
         "linear_weight: expected (C, D) placed Shard(0) or Replicate, got ",
         "input: expected whole features, and whole sequences beside shift, got ",
         "input: expected whole features, and whole sequences beside shift, got ",
@@ -158,3 +166,32 @@ def test_what_is_refused(ranks: Ranks) -> None:
     for texts in ranks.run(refused, 4):
         for text, start in zip(texts, starts, strict=True):
             assert text.startswith(start), text
+
+
+class Gathered(Model):
+    """A model that ends in its loss: within its forward, FSDP has gathered the head."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return xent.linear_cross_entropy(self.body(x).tanh(), self.head.weight, y, linear_bias=self.head.bias)
+
+
+def fully_sharded(group: ProcessGroup) -> str:
+    torch.manual_seed(0)
+    model, alone = Gathered().double(), Gathered().double()
+    alone.load_state_dict(model.state_dict())
+    fully_shard(model, mesh=mesh_of(group, 1))
+    x, _, _, y, _ = batch(False)
+    model(x, y).backward()
+    alone(x, y).backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(p.grad), q.grad, rtol=1e-11, atol=1e-13)
+    model.reshard()
+    with pytest.raises(TypeError) as caught:
+        xent.linear_cross_entropy(x, model.head.weight, y)
+    return str(caught.value)
+
+
+def test_fully_shard(ranks: Ranks) -> None:
+    """Right within the forward of the module that owns the head; outside of it an error that says so."""
+    for text in ranks.run(fully_sharded, 2):
+        assert "in the forward of the module that owns it" in text

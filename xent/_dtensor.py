@@ -154,6 +154,12 @@ def _head_on_parts(
     head = linear_weight.placements
     if linear_weight.dim() != 2 or any(p not in (Shard(0), Replicate()) for p in head):
         raise ValueError(f"linear_weight: expected (C, D) placed Shard(0) or Replicate, got {head}")
+    if not _is_dtensor(input) and any(p.is_shard() for p in head):
+        raise TypeError(
+            "input: expected a DTensor beside a linear_weight that is sharded: a plain tensor could be the same on each "
+            "rank (DTensor.from_local(input, mesh, [Replicate()]) says so), or each its own, where FSDP has not gathered "
+            "the head: then call this in the forward of the module that owns it, or pass linear_weight.full_tensor()"
+        )
     hidden = list(input.placements if _is_dtensor(input) else (Replicate(),) * len(head))
     if len(hidden) != len(head):
         raise ValueError(f"input: expected a DTensor on the mesh of linear_weight, {mesh}, got {input.device_mesh}")
