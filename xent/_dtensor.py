@@ -156,9 +156,9 @@ def _head_on_parts(
         raise ValueError(f"linear_weight: expected (C, D) placed Shard(0) or Replicate, got {head}")
     if not _is_dtensor(input) and any(p.is_shard() for p in head):
         raise TypeError(
-            "input: expected a DTensor beside a linear_weight that is sharded: a plain tensor could be the same on each "
-            "rank (DTensor.from_local(input, mesh, [Replicate()]) says so), or each its own, where FSDP has not gathered "
-            "the head: then call this in the forward of the module that owns it, or pass linear_weight.full_tensor()"
+            "input: expected a DTensor beside a linear_weight that is sharded: a plain tensor could be the same on "
+            "each rank (DTensor.from_local(input, mesh, [Replicate()]) says so), or each its own, where FSDP has not "
+            "gathered the head: then call this in the forward of the module that owns it, or pass full_tensor()"
         )
     hidden = list(input.placements if _is_dtensor(input) else (Replicate(),) * len(head))
     if len(hidden) != len(head):
