@@ -97,6 +97,7 @@ FLOW = [  # a file imports only from rows below its own
 ]
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+INTEGRATIONS = [file for file in FILES if file.startswith("integrations/")]
 
 
 def imported(file: str) -> set[str]:
@@ -120,7 +121,17 @@ def test_imports_go_down(file: str) -> None:
         assert RANK.get(name.removeprefix("."), RANK["__init__"]) > own, f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if "/" in file])
+@pytest.mark.parametrize("file", INTEGRATIONS)
+def test_integrations_stand_on_the_public_face(file: str) -> None:
+    assert imported(file) <= {"..functional", "..linear"}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in INTEGRATIONS])
+def test_nothing_imports_an_integration(file: str) -> None:
+    assert "integrations" not in (PACKAGE / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("_backends/")])
 def test_backends_import_only_what_they_share(file: str) -> None:
     shared = vars(importlib.import_module("xent._backends"))
     names = imported(file)

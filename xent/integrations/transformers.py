@@ -1,0 +1,350 @@
+"""Hugging Face Transformers: a model's own loss becomes xent's, on request without ever forming the logits.
+
+Transformers computes `loss = self.loss_function(logits, labels, ...)` with `logits = self.lm_head(hidden)` before it,
+and some models scale or cap the logits in between. `model.loss_function` is the documented place for another loss; it
+is all that `use_xent(model)` sets.
+
+For `fused_head=True` the head, in a training step with labels, returns `HeadOutput` in the place of logits: hidden
+states, the head's parameters, and what has been done to the logits since, which is a scale and a softcap or it is
+refused. Nothing here knows the forward of any model: a model that does something else to its logits than these meets
+an object that cannot do it, and the error says which operation that was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+
+from ..functional import cross_entropy
+from ..linear import linear_cross_entropy
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+MISSING = (
+    "the fused head of xent does not form logits in a training step with labels, so they cannot be used ({}); call the "
+    "model without labels or in eval mode for logits, or patch it with use_xent(model), which keeps them"
+)
+
+
+def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -> Model:
+    r"""Let a Transformers model compute its loss, :math:`\mathrm{lse}(x) - x_y` in nats, with xent; in place.
+
+    The labels, their shift, -100, `num_items_in_batch` and the float32 loss stay what they were. Without `fused_head`
+    logits are returned as before. With it, a training step (`model.train()`, labels given) never forms them:
+    `outputs.logits` is then an object without numbers that raises when it is used. In eval mode, without labels and in
+    `generate` they are logits as ever. Weights, `state_dict`, saved files and the model's class name do not change.
+
+    Args:
+        model: a causal or masked language model that calls `self.loss_function`; for `fused_head` a causal one whose
+            head is a plain `torch.nn.Linear`, of shape `(V, D)`, tied or not, with a bias or not. Hidden states are
+            `(B, T, D)`, labels `(B, T)`, both of any dtype that the model takes.
+        fused_head: whether training steps go without logits.
+        restore: undo, whatever was done; the other way is to load the model again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `model` is not a :class:`transformers.PreTrainedModel`.
+        ValueError: the model's loss or head is not one that can be replaced; the message says why. Patch a model
+            before it is given to accelerate, PEFT or FSDP, which put their own forward over it.
+        RuntimeError: in a training step, something other than a scale or a softcap is applied to the logits.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from xent.integrations.transformers import use_xent
+        >>> config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        ...                      num_attention_heads=2, num_key_value_heads=2)
+        >>> model = use_xent(LlamaForCausalLM(config).train(), fused_head=True)
+        >>> tokens = torch.randint(50, (2, 6))                      # (B, T)
+        >>> model(input_ids=tokens, labels=tokens).loss.backward()
+        >>> model.eval()(input_ids=tokens).logits.shape
+        torch.Size([2, 6, 50])
+        >>> _ = use_xent(model, restore=True)
+
+    Source:
+        Wijmans et al., Cut Your Losses, 2024, arXiv:2411.09009.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+    _restore(model)
+    if restore:
+        return model
+    loss = _replacement(model)
+    if fused_head:
+        head = _plain_head(model)
+        head.__class__, head.deferring = FusedHead, False
+        model.__class__ = _fused_class(type(model))
+    model.loss_function = loss
+    return model
+
+
+class HeadOutput:
+    r"""What a fused head returns: the logits as a recipe, :math:`x = W h + b`, then a scale and a softcap.
+
+    Without a softcap the logits are `scale` times x, with one they are :math:`\kappa \tanh(s x / \kappa)`, where a model
+    writes `softcap` and scale as a factor before the tanh and one after it.
+
+    Args:
+        hidden: `(..., D)`, of any floating dtype.
+        weight, bias: the head's own, `(V, D)` and `(V)` or None.
+        before, after: factors before and after the tanh; `after` is None as long as there was no tanh.
+
+    Raises:
+        RuntimeError: any operation that is not one of these; there are no numbers here.
+
+    Example:
+        >>> import torch
+        >>> output = HeadOutput(torch.zeros(2, 6, 8), torch.zeros(50, 8), None)
+        >>> capped = torch.tanh(output / 30) * 30
+        >>> capped.transform()
+        (1.0, 30.0)
+        >>> capped.shape
+        torch.Size([2, 6, 50])
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, before: float = 1.0, after: float | None = None
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.before, self.after = before, after
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that logits would have."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        """The device that logits would be on."""
+        return self.hidden.device
+
+    def transform(self) -> tuple[float, float | None]:
+        """(logit_scale, softcap) as :func:`xent.cross_entropy` takes them."""
+        if self.after is None:
+            return self.before, None
+        return self.before * self.after, self.after
+
+    def __mul__(self, factor: float) -> HeadOutput:
+        """Scale the logits: before the tanh or after it."""
+        if not isinstance(factor, (int, float)):
+            raise _missing(f"multiplied by a {type(factor).__name__}: only a number is understood")
+        if self.after is None:
+            return HeadOutput(self.hidden, self.weight, self.bias, self.before * factor)
+        return HeadOutput(self.hidden, self.weight, self.bias, self.before, self.after * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> HeadOutput:
+        """Scale the logits by the inverse."""
+        if not isinstance(divisor, (int, float)):
+            raise _missing(f"divided by a {type(divisor).__name__}: only a number is understood")
+        return self * (1 / divisor)
+
+    def tanh(self) -> HeadOutput:
+        """The middle of a softcap."""
+        if self.after is not None:
+            raise _missing("a second tanh")
+        return HeadOutput(self.hidden, self.weight, self.bias, self.before, 1.0)
+
+    def float(self) -> HeadOutput:
+        """Itself: the statistics of the loss are float32 already, and so is the loss."""
+        return self
+
+    def contiguous(self) -> HeadOutput:
+        """Itself: there is no memory to lay out."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: object = None
+    ) -> HeadOutput:
+        """`torch.tanh(logits)`, and nothing else that torch can do."""
+        if function is torch.tanh and isinstance(args[0], HeadOutput) and len(args) == 1:
+            return args[0].tanh()
+        raise _missing(f"torch.{getattr(function, '__name__', function)}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a tensor has is missing here; as an AttributeError, so that hasattr tells the truth."""
+        raise AttributeError(MISSING.format(f"logits.{name}"))
+
+    def _refuse(self, *args: object) -> Any:
+        raise _missing("indexing, or arithmetic other than a scale")
+
+    __getitem__ = __setitem__ = __iter__ = __len__ = __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = _refuse
+    __rtruediv__ = __matmul__ = __pow__ = __array__ = _refuse
+
+
+class FusedHead(nn.Linear):
+    r"""A head of logits :math:`x = W h + b` that returns the recipe of `x` while its model is in a training step.
+
+    Args:
+        hidden: `(..., D)`, of the head's dtype; the result is `(..., V)` logits, or their `HeadOutput`.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit, as :class:`torch.nn.Linear`.
+
+    Example:
+        >>> import torch
+        >>> head = torch.nn.Linear(8, 50)
+        >>> head.__class__, head.deferring = FusedHead, True       # how use_xent makes one
+        >>> type(head(torch.zeros(2, 6, 8))).__name__
+        'HeadOutput'
+    """
+
+    deferring: bool
+
+    def forward(self, hidden: Tensor) -> Any:
+        """Logits, or what they would be made of."""
+        if self.deferring:
+            return HeadOutput(hidden, self.weight, self.bias)
+        return super().forward(hidden)
+
+
+def _missing(what: str) -> RuntimeError:
+    return RuntimeError(MISSING.format(what))
+
+
+def _causal_loss(
+    logits: Tensor | HeadOutput,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: object,
+) -> Tensor:
+    """The loss of the next token, with the arguments that Transformers passes; `vocab_size` is the logits' own."""
+    given = labels if shift_labels is None else shift_labels
+    if given is None:
+        raise ValueError("labels: expected labels or shift_labels, got neither")
+    given = given.to(logits.device)
+    normalizer = _normalizer(num_items_in_batch, logits.device)
+    if isinstance(logits, HeadOutput):
+        scale, softcap = logits.transform()
+        if softcap is not None and not 0 < softcap < math.inf:
+            raise _missing(f"a tanh multiplied by {softcap}")
+        return linear_cross_entropy(
+            logits.hidden,
+            logits.weight,
+            given,
+            linear_bias=logits.bias,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            softcap=softcap,
+            logit_scale=scale,
+            shift=shift_labels is None,
+            loss_dtype=torch.float32,
+        )
+    if shift_labels is None:  # the labels move, not the logits: a slice of them in T is not rows and would be copied
+        given = nn.functional.pad(given, (0, 1), value=ignore_index)[..., 1:]
+    return _loss(logits, given, ignore_index, normalizer)
+
+
+def _masked_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+    **kwargs: object,
+) -> Tensor:
+    """The loss of the masked tokens, each at its own place."""
+    normalizer = _normalizer(num_items_in_batch, logits.device)
+    return _loss(logits, labels.to(logits.device), ignore_index, normalizer)
+
+
+def _loss(logits: Tensor, labels: Tensor, ignore_index: int, normalizer: Tensor | float | None) -> Tensor:
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    return cross_entropy(logits, labels, ignore_index=ignore_index, normalizer=normalizer, loss_dtype=torch.float32)
+
+
+def _normalizer(num_items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
+    """A number or a 0-d tensor beside the logits; under DataParallel the Trainer gives each replica a tensor (1,)."""
+    return num_items.reshape(()).to(device) if isinstance(num_items, Tensor) else num_items
+
+
+LOSSES = {ForCausalLMLoss: _causal_loss, ForMaskedLMLoss: _masked_loss}
+
+
+def _replacement(model: PreTrainedModel) -> Callable[..., Tensor]:
+    """xent's form of the model's loss; refuses one that is not a cross-entropy of logits and labels."""
+    name, loss = type(model).__name__, model.loss_function
+    if loss not in LOSSES:
+        known = " or ".join(function.__name__ for function in LOSSES)
+        raise ValueError(f"{name}: its loss is {getattr(loss, '__name__', loss)}; expected {known}")
+    # What a class says of its own forward; a decorated one keeps the original where inspect finds it.
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if code is None or "loss_function" not in code.co_names:
+        raise ValueError(f"{name}: its forward does not call self.loss_function, so no other loss can be put there")
+    return LOSSES[loss]
+
+
+def _plain_head(model: PreTrainedModel) -> nn.Linear:
+    """The head, if it is nothing but a matrix product and a bias; refuses what would be left out or bypassed."""
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(f"{name}: fused_head is for causal language models, not for {model.loss_function.__name__}")
+    if type(head) is not nn.Linear:
+        raise ValueError(f"{name}: expected a head that is a torch.nn.Linear, got {type(head).__name__}")
+    if "labels" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(f"{name}: its forward takes no argument named labels")
+    for what, module in (("the model", model), ("its head", head)):
+        if "forward" in vars(module):
+            raise ValueError(f"{name}: {what} has a forward put over that of its class; call use_xent before that")
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise ValueError(f"{name}: its head has forward hooks, which would not see logits any more")
+    return head
+
+
+@functools.lru_cache(None)
+def _fused_class(original: type) -> type:
+    """The model's class, with a forward that tells the head when to hold the logits back.
+
+    A class and not a function on the instance: a deep copy of the model then runs its own weights. Of the same name,
+    because Transformers writes that into config.json and looks the model up by it.
+    """
+    forward = original.forward  # type: ignore[attr-defined]
+    place = list(inspect.signature(forward).parameters).index("labels") - 1
+
+    @functools.wraps(forward)
+    def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = args[place] if len(args) > place else kwargs.get("labels")
+        if not self.training or labels is None:
+            return forward(self, *args, **kwargs)
+        head = self.get_output_embeddings()
+        if not isinstance(head, FusedHead):
+            raise RuntimeError(
+                f"{original.__name__}: its head is now a {type(head).__name__}; call use_xent(model, restore=True), "
+                "or use_xent(model) without fused_head"
+            )
+        head.deferring = True
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            head.deferring = False
+
+    members = {"forward": fused, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (original,), {**members, "__doc__": original.__doc__, "_without_xent": original})
+
+
+def _restore(model: PreTrainedModel) -> None:
+    """Back to what the class itself does; nothing where nothing was done."""
+    original = vars(type(model)).get("_without_xent")
+    if original is not None:
+        model.__class__ = original
+        head = model.get_output_embeddings()
+        if isinstance(head, FusedHead):
+            head.__class__ = nn.Linear
+            del head.deferring
+    if vars(model).get("_loss_function") in LOSSES.values():
+        del model._loss_function
