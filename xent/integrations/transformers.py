@@ -82,8 +82,10 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
     loss = _replacement(model)
     if fused_head:
         head = _plain_head(model)
-        head.__class__, head.deferring = FusedHead, False
-        model.__class__ = _fused_class(type(model))
+        head.__class__ = FusedHead
+        head.deferring = False
+        kind: Any = type(model)
+        model.__class__ = _fused_class(kind)
     model.loss_function = loss
     return model
 
@@ -91,8 +93,8 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
 class HeadOutput:
     r"""What a fused head returns: the logits as a recipe, :math:`x = W h + b`, then a scale and a softcap.
 
-    Without a softcap the logits are `scale` times x, with one they are :math:`\kappa \tanh(s x / \kappa)`, where a model
-    writes `softcap` and scale as a factor before the tanh and one after it.
+    Without a softcap the logits are :math:`s x`, with one :math:`\kappa \tanh(s x / \kappa)`, which a model writes as a
+    factor before the tanh and one after it.
 
     Args:
         hidden: `(..., D)`, of any floating dtype.
@@ -273,7 +275,7 @@ def _normalizer(num_items: Tensor | float | None, device: torch.device) -> Tenso
     return num_items.reshape(()).to(device) if isinstance(num_items, Tensor) else num_items
 
 
-LOSSES = {ForCausalLMLoss: _causal_loss, ForMaskedLMLoss: _masked_loss}
+LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {ForCausalLMLoss: _causal_loss, ForMaskedLMLoss: _masked_loss}
 
 
 def _replacement(model: PreTrainedModel) -> Callable[..., Tensor]:
@@ -289,7 +291,7 @@ def _replacement(model: PreTrainedModel) -> Callable[..., Tensor]:
     return LOSSES[loss]
 
 
-def _plain_head(model: PreTrainedModel) -> nn.Linear:
+def _plain_head(model: PreTrainedModel) -> Any:
     """The head, if it is nothing but a matrix product and a bias; refuses what would be left out or bypassed."""
     name, head = type(model).__name__, model.get_output_embeddings()
     if model.loss_function is not ForCausalLMLoss:
@@ -307,13 +309,13 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
 
 
 @functools.lru_cache(None)
-def _fused_class(original: type) -> type:
+def _fused_class(original: Any) -> type:
     """The model's class, with a forward that tells the head when to hold the logits back.
 
     A class and not a function on the instance: a deep copy of the model then runs its own weights. Of the same name,
     because Transformers writes that into config.json and looks the model up by it.
     """
-    forward = original.forward  # type: ignore[attr-defined]
+    forward = original.forward
     place = list(inspect.signature(forward).parameters).index("labels") - 1
 
     @functools.wraps(forward)
@@ -324,8 +326,8 @@ def _fused_class(original: type) -> type:
         head = self.get_output_embeddings()
         if not isinstance(head, FusedHead):
             raise RuntimeError(
-                f"{original.__name__}: its head is now a {type(head).__name__}; call use_xent(model, restore=True), "
-                "or use_xent(model) without fused_head"
+                f"{original.__name__}: its head is now a {type(head).__name__}, which is not fused; call use_xent "
+                "again, with or without fused_head"
             )
         head.deferring = True
         try:
@@ -342,8 +344,8 @@ def _restore(model: PreTrainedModel) -> None:
     original = vars(type(model)).get("_without_xent")
     if original is not None:
         model.__class__ = original
-        head = model.get_output_embeddings()
-        if isinstance(head, FusedHead):
+        head: Any = model.get_output_embeddings()
+        if hasattr(head, "deferring"):
             head.__class__ = nn.Linear
             del head.deferring
     if vars(model).get("_loss_function") in LOSSES.values():
