@@ -54,17 +54,27 @@ def test_readme_before_and_after() -> None:
     torch.testing.assert_close(*losses)
 
 
-def test_readme_examples() -> None:
-    """All other blocks are examples with their output, in one session."""
+def check_examples(file: Path, blocks: list[str]) -> None:
+    """Blocks of examples with their output, in one session."""
     names: dict[str, object] = {}
     runner = doctest.DocTestRunner()
-    for number, block in enumerate(readme_blocks()[1:], 2):
-        assert ">>>" in block, f"block {number} would not be run"
-        test = doctest.DocTestParser().get_doctest(block, names, f"README block {number}", str(README), 0)
+    for number, block in enumerate(blocks, 1):
+        assert ">>>" in block, f"block {number} of these would not be run"
+        test = doctest.DocTestParser().get_doctest(block, names, f"{file.name}, block {number}", str(file), 0)
         runner.run(test, clear_globs=False)
         names = test.globs
     assert runner.tries >= 5
     assert runner.failures == 0
+
+
+def test_readme_examples() -> None:
+    check_examples(README, readme_blocks()[1:])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("*.md")), ids=lambda file: file.name)
+def test_examples_of_pages(file: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL)
+    check_examples(file, blocks)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
