@@ -1,0 +1,101 @@
+"""The API reference, built from the docstrings; and the check that they are fit for it.
+
+    pip install -e '.[docs]' && python docs/build.py        # writes build/docs, which is not committed
+
+Fails on a cross-reference that leads nowhere, and on a public name whose docstring lacks shapes, Raises or an example.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+MODULES = ("xent", "xent.integrations.transformers")
+NEEDED = {
+    "shapes": r"`\((\w+, )*(\w+|\.\.\.)?,?\)`",
+    "Raises": r"^ *Raises:\n",
+    "an example": r"^ *Example:\n(.|\n)+>>> ",
+}
+ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([^`]+)`")
+
+
+def public(module: ModuleType) -> dict[str, object]:
+    """What a module offers: its `__all__`, or what it defines itself without an underscore."""
+    if hasattr(module, "__all__"):
+        names = [name for name in module.__all__ if not name.startswith("_")]
+    else:
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        names = [name for name in own if not name.startswith("_") and callable(getattr(module, name))]
+    return {name: getattr(module, name) for name in names}
+
+
+def resolves(reference: str, module: ModuleType) -> bool:
+    """Whether a dotted name leads to something, from the top or from the module that it stands in."""
+    parts = reference.split(".")
+    for start in range(len(parts), -1, -1):
+        if start:
+            try:
+                found: object = importlib.import_module(".".join(parts[:start]))
+            except ImportError:
+                continue
+        else:
+            found = module
+        for part in parts[start:]:
+            found = getattr(found, part, None)
+        if found is not None:
+            return True
+    return False
+
+
+def problems(module: ModuleType) -> Iterator[str]:
+    """Everything that is wrong with a module's docstrings, one line each."""
+    for name, value in public(module).items():
+        where, text = f"{module.__name__}.{name}", inspect.getdoc(value) or ""
+        for what, pattern in NEEDED.items():
+            if not re.search(pattern, text, re.MULTILINE):
+                yield f"{where}: its docstring lacks {what}"
+        home = sys.modules[getattr(value, "__module__", module.__name__)]
+        texts = [text]
+        if isinstance(value, type):
+            texts += [inspect.getdoc(member) or "" for key, member in vars(value).items() if not key.startswith("_")]
+        for reference in ROLE.findall("\n".join(texts)):
+            if not resolves(reference, home):
+                yield f"{where}: :{reference}: leads nowhere"
+
+
+def plain(text: str) -> str:
+    """Sphinx's roles and formulas as pdoc's Markdown has them."""
+    text = ROLE.sub(r"`\1`", text)
+    text = re.sub(r":math:`([^`]+)`", lambda found: rf"\\({found[1]}\\)", text)
+    return re.sub(r"\.\. math:: ((.+\n)+)", lambda found: f"$${found[1]}$$\n", text)
+
+
+def build(folder: Path) -> None:
+    """Write the pages."""
+    import pdoc
+    import pdoc.docstrings
+    import pdoc.render
+
+    google = pdoc.docstrings.google
+    pdoc.docstrings.google = lambda text: google(plain(text))
+    pdoc.render.configure(docformat="google", math=True, footer_text="xent")
+    pdoc.pdoc(*MODULES, "!xent.integrations.transformers._.*", output_directory=folder)
+
+
+def main() -> int:
+    """Check, then build."""
+    found = [line for name in MODULES for line in problems(importlib.import_module(name))]
+    for line in found:
+        print(line, file=sys.stderr)
+    if not found:
+        build(Path(__file__).parents[1] / "build" / "docs")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
