@@ -71,7 +71,7 @@ def test_readme_examples() -> None:
     check_examples(README, readme_blocks()[1:])
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("*.md")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted((ROOT / ".github" / "docs").glob("*.md")), ids=lambda file: file.name)
 def test_examples_of_pages(file: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL)
     check_examples(file, blocks)

@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md, run as they stand there, against the textbook forms and their gradients."""
+"""The recipes of .github/docs/recipes.md, run as they stand there, against the textbook forms and their gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import xent
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[1] / ".github" / "docs" / "recipes.md"
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
 B, T, V = 4, 6, 11
 IGNORED = (slice(1), slice(2))

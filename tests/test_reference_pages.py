@@ -1,4 +1,4 @@
-"""The check that docs/build.py makes before it builds, on what there is and on what it must not let through."""
+"""The check that .github/docs/build.py makes before it builds, on what there is and on what it must not let through."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import xent
 
-spec = importlib.util.spec_from_file_location("docs_build", Path(__file__).parents[1] / "docs" / "build.py")
+spec = importlib.util.spec_from_file_location("docs_build", Path(__file__).parents[1] / ".github" / "docs" / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 

@@ -102,6 +102,28 @@ def test_rows_in_parts(processors: int, soft: bool, monkeypatch: pytest.MonkeyPa
     oracle.assert_grad(logits_grad(x, target, got.lse, **g), oracle.gradient(x, target, truth.lse, g), target)
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_softcap_near_zero(dtype: torch.dtype) -> None:
+    """Relative to the score itself, where (1 - e) / (1 + e) alone would have lost its digits; and across the seam."""
+    x = torch.tensor([1e-6, -1e-4, 0.01, -0.3, 1.79, 1.81, 5, -80, 0], dtype=dtype)[:, None].repeat(1, 3)
+    got = lse_and_pick(x, torch.ones(len(x), dtype=torch.int64), softcap=3.0).picked
+    assert got is not None
+    torch.testing.assert_close(got, 3 * (x[:, 1].double() / 3).tanh(), rtol=oracle.TOLERANCE[dtype], atol=0)
+
+
+@interpreted
+def test_peak_at_the_end_of_the_range() -> None:
+    """From the lowest number to such a peak is farther than float32 reaches; empty sums that move there stay 0."""
+    x = torch.tensor([[3e38, 0.0]])
+    got = lse_and_pick(x, torch.tensor([0]), **EVERYTHING)
+    assert got.wsum is not None
+    assert got.entropy is not None
+    assert got.lse.item() == got.picked.item() == x[0, 0].item()
+    assert got.wsum.item() == pytest.approx(3e38)
+    assert got.entropy.item() == 0
+
+
 @pytest.mark.parametrize("N", [1, 2, 3, 31, 32, 33, 131, 1055, 1056, 100_000])
 @pytest.mark.parametrize("C", [1, 40, 2048, 2049, 12345, 50257, 262144])
 def test_shares(N: int, C: int) -> None:

@@ -68,7 +68,7 @@ def logits_grad_kernel(
     w,  # (C,) class weights
     lse, lse_stride, g_lse, gl_stride, g_picked, gp_stride, g_wsum, gw_stride, g_entropy, ge_stride,  # (N,)
     N, C, start, ignore_index, scale: tl.float64, softcap: tl.float64,
-    span,  # vectors of a row for each program
+    span,  # vectors of a row for each program, whole tiles
     how: tl.constexpr,
 ):  # fmt: skip
     """Reads each logit of the rows that count once, and writes each gradient once; to the others it writes 0."""
@@ -96,6 +96,6 @@ def logits_grad_kernel(
     head, vectors = head[:, None, None], vectors[:, None, None]
     for first in range(split * span, tl.minimum(split * span + span, tl.max(vectors)), how.K):
         vector, offset = interior(first, how)
-        there = inside & (vector < tl.minimum(vectors, split * span + span))
+        there = inside & (vector < vectors)
         column = head + offset
         write(row, result, q, k, offset, column, there, counts, y, numbers, h, b, strides, bend, True, how)

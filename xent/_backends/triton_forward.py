@@ -122,7 +122,7 @@ def lse_and_pick_kernel(
     parts,  # (9, N, splits) states, where more than one program shares a row
     in_range,  # set to 0 by an index that is not
     N, C, start, classes, ignore_index, scale: tl.float64, softcap: tl.float64,
-    span,  # vectors of a row for each program
+    span,  # vectors of a row for each program, whole tiles
     how: tl.constexpr,
 ):  # fmt: skip
     """Reads each logit of the rows that count once."""
@@ -150,7 +150,7 @@ def lse_and_pick_kernel(
     end = tl.minimum(begin + span, tl.max(tl.where(counts, vectors, 0), 0))  # none to read if no row counts
     for first in range(begin, end, how.K):
         vector, offset = interior(first, how)
-        there = counts[:, None, None] & (vector < tl.minimum(vectors, end)[:, None, None])
+        there = counts[:, None, None] & (vector < vectors[:, None, None])
         column = head[:, None, None] + offset
         state = read(state, row, q, k, offset, column, there, c_stride, q_stride, bend, True, how)
 

@@ -1,6 +1,6 @@
 """The API reference, built from the docstrings; and the check that they are fit for it.
 
-    pip install -e '.[docs]' && python docs/build.py        # writes build/docs, which is not committed
+    pip install -e '.[docs]' && python .github/docs/build.py        # writes build/docs, which is not committed
 
 Fails on a cross-reference that leads nowhere, and on a public name whose docstring lacks shapes, Raises or an example.
 """
@@ -93,7 +93,7 @@ def main() -> int:
     for line in found:
         print(line, file=sys.stderr)
     if not found:
-        build(Path(__file__).parents[1] / "build" / "docs")
+        build(Path(__file__).parents[2] / "build" / "docs")
     return bool(found)
 
 
