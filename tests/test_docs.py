@@ -24,7 +24,14 @@ COMMANDS = (
     "pip install -e '.[test]' && python -m pytest",
 )
 # Backends that a machine may lack are in test_backends.py.
-MODULES = sorted({"xent", *(m.name for m in pkgutil.iter_modules([str(PACKAGE)], "xent.")), "xent._backends.eager"})
+MODULES = sorted(
+    {
+        "xent",
+        *(m.name for m in pkgutil.iter_modules([str(PACKAGE)], "xent.")),
+        "xent._backends.eager",
+        "xent.integrations._head",
+    }
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -133,7 +140,7 @@ def test_imports_go_down(file: str) -> None:
 
 @pytest.mark.parametrize("file", INTEGRATIONS)
 def test_integrations_stand_on_the_public_face(file: str) -> None:
-    assert imported(file) <= {"..functional", "..linear"}
+    assert imported(file) <= {"..functional", "..linear", "._head"}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file not in INTEGRATIONS])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import inspect
 import pickle
 
@@ -207,6 +209,12 @@ def test_gradient_checkpointing() -> None:
     expected = step(model, **inputs)
     use_xent(model, fused_head=True).activation_checkpointing_enable()
     same(step(model, **inputs), expected)
+
+
+def test_example_of_the_docstring() -> None:
+    result = doctest.testmod(importlib.import_module("xent.integrations.transformers"))
+    assert result.failed == 0
+    assert result.attempted >= 5
 
 
 # What is in the place of logits

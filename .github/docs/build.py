@@ -17,7 +17,7 @@ from types import ModuleType
 
 MODULES = ("xent", "xent.integrations.transformers")
 NEEDED = {
-    "shapes": r"`\((\w+, )*(\w+|\.\.\.)?,?\)`",
+    "shapes": r"`\(((\w+|\.\.\.),? ?)+\)`",
     "Raises": r"^ *Raises:\n",
     "an example": r"^ *Example:\n(.|\n)+>>> ",
 }
@@ -82,9 +82,9 @@ def build(folder: Path) -> None:
     import pdoc.render
 
     google = pdoc.docstrings.google
-    pdoc.docstrings.google = lambda text: google(plain(text))
+    pdoc.docstrings.google = lambda docstring: google(plain(docstring))
     pdoc.render.configure(docformat="google", math=True, footer_text="xent")
-    pdoc.pdoc(*MODULES, "!xent.integrations.transformers._.*", output_directory=folder)
+    pdoc.pdoc(*MODULES, output_directory=folder)
 
 
 def main() -> int:

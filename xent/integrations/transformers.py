@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -25,13 +25,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
+from ._head import FusedHead, HeadOutput, missing
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-MISSING = (
-    "the fused head of xent does not form logits in a training step with labels, so they cannot be used ({}); call the "
-    "model without labels or in eval mode for logits, or patch it with use_xent(model), which keeps them"
-)
 
 
 def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -> Model:
@@ -90,132 +86,6 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
     return model
 
 
-class HeadOutput:
-    r"""What a fused head returns: the logits as a recipe, :math:`x = W h + b`, then a scale and a softcap.
-
-    Without a softcap the logits are :math:`s x`, with one :math:`\kappa \tanh(s x / \kappa)`, which a model writes as a
-    factor before the tanh and one after it.
-
-    Args:
-        hidden: `(..., D)`, of any floating dtype.
-        weight, bias: the head's own, `(V, D)` and `(V)` or None.
-        before, after: factors before and after the tanh; `after` is None as long as there was no tanh.
-
-    Raises:
-        RuntimeError: any operation that is not one of these; there are no numbers here.
-
-    Example:
-        >>> import torch
-        >>> output = HeadOutput(torch.zeros(2, 6, 8), torch.zeros(50, 8), None)
-        >>> capped = torch.tanh(output / 30) * 30
-        >>> capped.transform()
-        (1.0, 30.0)
-        >>> capped.shape
-        torch.Size([2, 6, 50])
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, before: float = 1.0, after: float | None = None
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.before, self.after = before, after
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape that logits would have."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def device(self) -> torch.device:
-        """The device that logits would be on."""
-        return self.hidden.device
-
-    def transform(self) -> tuple[float, float | None]:
-        """(logit_scale, softcap) as :func:`xent.cross_entropy` takes them."""
-        if self.after is None:
-            return self.before, None
-        return self.before * self.after, self.after
-
-    def __mul__(self, factor: float) -> HeadOutput:
-        """Scale the logits: before the tanh or after it."""
-        if not isinstance(factor, (int, float)):
-            raise _missing(f"multiplied by a {type(factor).__name__}: only a number is understood")
-        if self.after is None:
-            return HeadOutput(self.hidden, self.weight, self.bias, self.before * factor)
-        return HeadOutput(self.hidden, self.weight, self.bias, self.before, self.after * factor)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> HeadOutput:
-        """Scale the logits by the inverse."""
-        if not isinstance(divisor, (int, float)):
-            raise _missing(f"divided by a {type(divisor).__name__}: only a number is understood")
-        return self * (1 / divisor)
-
-    def tanh(self) -> HeadOutput:
-        """The middle of a softcap."""
-        if self.after is not None:
-            raise _missing("a second tanh")
-        return HeadOutput(self.hidden, self.weight, self.bias, self.before, 1.0)
-
-    def float(self) -> HeadOutput:
-        """Itself: the statistics of the loss are float32 already, and so is the loss."""
-        return self
-
-    def contiguous(self) -> HeadOutput:
-        """Itself: there is no memory to lay out."""
-        return self
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: object = None
-    ) -> HeadOutput:
-        """`torch.tanh(logits)`, and nothing else that torch can do."""
-        if function is torch.tanh and isinstance(args[0], HeadOutput) and len(args) == 1:
-            return args[0].tanh()
-        raise _missing(f"torch.{getattr(function, '__name__', function)}")
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else a tensor has is missing here; as an AttributeError, so that hasattr tells the truth."""
-        raise AttributeError(MISSING.format(f"logits.{name}"))
-
-    def _refuse(self, *args: object) -> Any:
-        raise _missing("indexing, or arithmetic other than a scale")
-
-    __getitem__ = __setitem__ = __iter__ = __len__ = __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = _refuse
-    __rtruediv__ = __matmul__ = __pow__ = __array__ = _refuse
-
-
-class FusedHead(nn.Linear):
-    r"""A head of logits :math:`x = W h + b` that returns the recipe of `x` while its model is in a training step.
-
-    Args:
-        hidden: `(..., D)`, of the head's dtype; the result is `(..., V)` logits, or their `HeadOutput`.
-
-    Raises:
-        RuntimeError: shapes or dtypes do not fit, as :class:`torch.nn.Linear`.
-
-    Example:
-        >>> import torch
-        >>> head = torch.nn.Linear(8, 50)
-        >>> head.__class__, head.deferring = FusedHead, True       # how use_xent makes one
-        >>> type(head(torch.zeros(2, 6, 8))).__name__
-        'HeadOutput'
-    """
-
-    deferring: bool
-
-    def forward(self, hidden: Tensor) -> Any:
-        """Logits, or what they would be made of."""
-        if self.deferring:
-            return HeadOutput(hidden, self.weight, self.bias)
-        return super().forward(hidden)
-
-
-def _missing(what: str) -> RuntimeError:
-    return RuntimeError(MISSING.format(what))
-
-
 def _causal_loss(
     logits: Tensor | HeadOutput,
     labels: Tensor | None,
@@ -234,7 +104,7 @@ def _causal_loss(
     if isinstance(logits, HeadOutput):
         scale, softcap = logits.transform()
         if softcap is not None and not 0 < softcap < math.inf:
-            raise _missing(f"a tanh multiplied by {softcap}")
+            raise missing(f"a tanh multiplied by {softcap}")
         return linear_cross_entropy(
             logits.hidden,
             logits.weight,
