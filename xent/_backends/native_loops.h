@@ -114,13 +114,32 @@ LOOP void dot(const F* q, const F* w, const F* z, int n, double& mass, double& t
     total += s;
 }
 
-// d = p (a - h log p) with p = e^(z - high); see `gradient` for the rest of lse.
+// d = p (a - h log p) with p = e^(z - high); see `write_gradient` for the rest of lse, and `sum_exp` for the prefetch.
+// By way of `p`, since d may lie over z, and a compiler that cannot rule that out leaves the loop as it is.
 template <bool TILT, class F>
-LOOP void softmax(const F* z, int n, F high, F a, F h, F* d) {
+INLINE void softmax_of_lanes(F high, F a, F h, F* p) {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) {
-        const F t = z[i] - high, e = exponential(t);
-        d[i] = TILT ? e * (a - h * (t < -1000 ? -1000 : t)) : e * a;
+    for (int k = 0; k < LANES; ++k) {
+        const F t = p[k] - high, e = exponential(t);
+        p[k] = TILT ? e * (a - h * (t < -1000 ? -1000 : t)) : e * a;
+    }
+}
+
+template <bool TILT, class F>
+LOOP void softmax(const F* z, int n, F high, F a, F h, F* d, const char* logits, int size) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        PREFETCH(logits + i * size + AHEAD, 2);
+        F p[LANES];
+        for (int k = 0; k < LANES; ++k) p[k] = z[i + k];
+        softmax_of_lanes<TILT>(high, a, h, p);
+        for (int k = 0; k < LANES; ++k) d[i + k] = p[k];
+    }
+    if (i < n) {
+        F p[LANES] = {};
+        for (int k = 0; k < n - i; ++k) p[k] = z[i + k];
+        softmax_of_lanes<TILT>(high, a, h, p);
+        for (int k = 0; k < n - i; ++k) d[i + k] = p[k];
     }
 }
 

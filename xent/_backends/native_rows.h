@@ -19,13 +19,6 @@ using Compute = decltype(widen(T{}));
 
 // ------------------------------------------------------------------------------------------------- chunks
 
-// The next chunk, from memory into the cache while this one is worked on. Beyond the end of a tensor it does nothing.
-template <class T>
-INLINE void prefetch_after(const T* chunk, int n) {
-    const char* next = reinterpret_cast<const char*>(chunk + n);
-    for (size_t i = 0; i < size_t(n) * sizeof(T); i += 64) PREFETCH(next + i, 3);
-}
-
 // The logits that count: the row itself where it is that, else `buffer`. For `padded`, whole vectors of them, the last
 // filled up with -inf, which no sum of exponentials notices: what is left over of a vector would cost more than one.
 template <class T, class F>
@@ -118,7 +111,7 @@ template <class T, class F>
 INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F high, F a, F h) {
     F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
     const T* x = c.logits.at<T>(row, at);
-    prefetch_after(x, n);
+    const char* logits = reinterpret_cast<const char*>(x);
     const F* z = scores(c, x, n, z_buffer, false);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
     T* out = c.out.at<T>(row, at);
@@ -129,9 +122,9 @@ INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F high
     const double z_y = here ? z[y] : 0;  // read before d, which may lie over z, is written
 
     if (c.g_entropy.data)
-        softmax<true>(z, n, high, a, h, d);
+        softmax<true>(z, n, high, a, h, d, logits, int(sizeof(T)));
     else
-        softmax<false>(z, n, high, a, h, d);
+        softmax<false>(z, n, high, a, h, d, logits, int(sizeof(T)));
     if (c.soft()) add_weighted(F(c.g_picked[row] * c.scale), probabilities(c, row, at, n, q_buffer), w, n, d);
     if (c.g_wsum.data) add_weighted<F>(F(c.g_wsum[row] * c.scale), nullptr, w, n, d);
     if (c.softcap != 0) multiply_slope(z, n, F(c.softcap), d);
