@@ -186,6 +186,9 @@ def test_memory_does_not_grow_with_the_rows(dtype: torch.dtype, backend: str) ->
             xent.linear_cross_entropy(h, W, y, max_bytes=budget).backward()
 
         step()
-        W.grad = h.grad = None
-        extra.append(growth(step) - W.nbytes - h.nbytes - accumulator)
+        grown = []
+        for _ in range(3):  # the allocator may keep a freed block or two, but cannot lose a buffer
+            W.grad = h.grad = None
+            grown.append(growth(step))
+        extra.append(min(grown) - W.nbytes - h.nbytes - accumulator)
     assert max(extra) < budget + (16 << 20 if backend == "eager" else 8 << 20)
