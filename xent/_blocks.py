@@ -109,7 +109,7 @@ class Grads:
     def __init__(self, rows: Rows, needs: tuple[bool, bool, bool]) -> None:
         """Rows that never come have a gradient of 0. The head's are summed in float32 (float64)."""
         hidden, weight, dtype = rows.hidden, rows.weight, compute_dtype(rows.weight)
-        self.rows, self.needs = rows, needs
+        self.rows = rows
         clear = torch.zeros if rows.kept is not None else torch.empty
         self.dh = clear(hidden.shape, dtype=rows.head.dtype, device=hidden.device) if needs[0] else None
         self.dW = torch.empty(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None

@@ -136,6 +136,20 @@ class OnceDifferentiable(torch.autograd.Function):
         raise NotImplementedError(TWICE)
 
 
+def upstream_of(
+    head: Head, target: Tensor, lse: Tensor, entropy: Maybe, g_lse: Maybe, g_picked: Maybe, *more: Maybe
+) -> list[Maybe]:
+    """g_lse, g_picked, g_wsum, g_entropy as `logits_grad` takes them, from the gradients of the wanted statistics."""
+    others = iter(more[target.is_floating_point() :])  # that of the mass belongs to the probabilities
+    g_wsum = next(others) if head.label_smoothing > 0 else None
+    g_entropy = next(others) if head.entropy else None
+    g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
+    g_picked = torch.zeros_like(lse) if g_picked is None else g_picked
+    if g_entropy is not None and entropy is not None:  # the part of its gradient that is one number per row
+        g_lse = g_lse - g_entropy * entropy
+    return [g_lse, g_picked, g_wsum, g_entropy]
+
+
 class LinearStats(torch.autograd.Function):
     """Those of `Stats` that are wanted, for each row."""
 
@@ -162,15 +176,8 @@ class LinearStats(torch.autograd.Function):
         if all(g is None for g in (g_lse, g_picked, *more)):
             return (None,) * 6
         hidden, weight, bias, target, class_weight, lse, entropy = ctx.saved_tensors
-        others = iter(more[target.is_floating_point() :])  # that of the mass belongs to the probabilities
-        g_wsum = next(others) if ctx.head.label_smoothing > 0 else None
-        g_entropy = next(others) if ctx.head.entropy else None
-        g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
-        g_picked = torch.zeros_like(lse) if g_picked is None else g_picked
-        if g_entropy is not None:  # the part of the entropy's gradient that is one number per row
-            g_lse = g_lse - g_entropy * entropy
+        upstream = upstream_of(ctx.head, target, lse, entropy, g_lse, g_picked, *more)
         sources, needs = (hidden, weight, bias), ctx.needs_input_grad[:3]
-        upstream = (g_lse, g_picked, g_wsum, g_entropy)
         left = iter(LinearGrads.apply(*sources, target, lse, *upstream, class_weight, ctx.head, needs))  # type: ignore[no-untyped-call]
         return *[next(left) if needed else None for needed in needs], None, None, None
 

@@ -21,7 +21,7 @@ from . import _blocks, _ops, _shards
 from ._autograd import watched
 from ._backends import Stats, compute_dtype, scores
 from ._blocks import Head, Maybe
-from ._linear import HEAD, ROWS, Needs, head_of, once_differentiable, refuse_transforms, shapes_of_grads
+from ._linear import HEAD, ROWS, Needs, head_of, once_differentiable, refuse_transforms, shapes_of_grads, upstream_of
 from ._parallel import Global
 
 
@@ -69,15 +69,8 @@ class ParallelLinearStats(torch.autograd.Function):
         if all(g is None for g in (g_lse, g_picked, *more)):
             return (None,) * 7
         hidden, weight, bias, target, class_weight, lse, entropy, layout = ctx.saved_tensors
-        others = iter(more[target.is_floating_point() :])
-        g_wsum = next(others) if ctx.head.label_smoothing > 0 else None
-        g_entropy = next(others) if ctx.head.entropy else None
-        g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
-        g_picked = torch.zeros_like(lse) if g_picked is None else g_picked
-        if g_entropy is not None:  # as in `_linear.LinearStats`
-            g_lse = g_lse - g_entropy * entropy
+        upstream = upstream_of(ctx.head, target, lse, entropy, g_lse, g_picked, *more)
         needs = ctx.needs_input_grad[:3]
-        upstream = [g_lse, g_picked, g_wsum, g_entropy]
         arguments = (hidden, weight, bias, target, lse, upstream, class_weight, layout, ctx.group)
         with torch.no_grad():
             if watched(hidden) or _ops.observed(weight):
