@@ -25,7 +25,7 @@ import cli
 import linear
 import loss
 import torch
-from cli import natural, refusal
+from cli import natural, picture, refusal
 from contenders import CONTENDERS
 from report import Row, chart, machine, memory_chart, save, show
 from rich.console import Console
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=natural, help="timings of each contender; their median counts; default: 15")
     add("--no-memory", dest="memory", action="store_false", help="do not measure the peak memory")
     add("--json", type=Path, metavar="FILE", help="save machine, versions and all figures")
-    add("--png", type=Path, metavar="FILE", help="save a chart")
+    add("--png", type=picture, metavar="FILE", help="save a chart, as PNG or SVG")
     options = parser.parse_args(argv)
     if options.linear is not None and options.quick:
         parser.error("--quick has no linear section")

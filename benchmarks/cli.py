@@ -25,6 +25,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def picture(text: str) -> Path:
+    """An argparse type: a file that matplotlib is to write."""
+    if not text.endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png or .svg")
+    return Path(text)
+
+
 def refusal(device: str, *results: Path | None) -> str | None:
     """Why a run would fail only at its end, or at once: results that cannot be written, a device that is not there."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -135,6 +135,7 @@ def figure_style() -> Any:
 
     plt.rcParams.update({"text.color": GREY, "xtick.color": GREY, "ytick.color": GREY, "font.size": 9})
     plt.rcParams.update({"axes.labelcolor": GREY, "axes.edgecolor": GREY})
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "xent"})  # text as text, and the same ids each time
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     return plt
 

@@ -29,7 +29,7 @@ from statistics import median
 
 import cli
 import torch
-from cli import natural, refusal
+from cli import natural, picture, refusal
 from gpt import GPT, Text
 from memory import growth, reset_peak
 from report import GREY, XENT, figure_style
@@ -214,7 +214,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--fused-head", action="store_true", help="xent takes the hidden states: the logits are never held")
     add("--tolerance", type=float, help="largest relative difference of losses and gradient norms; else exit code 1")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to learn; default: Python's own documentation")
-    add("--out", type=Path, metavar="PNG", default=Path("train.png"), help="plot of the curves; default: train.png")
+    add("--out", type=picture, metavar="FILE", default=Path("train.png"), help="the curves; default: train.png")
     add("--dtype", default="float32", choices=["float32", "float64", "bfloat16"], help="bfloat16: autocast")
     add("--threads", type=natural, default=torch.get_num_threads(), help="default: torch's own choice")
     add("--steps", type=natural, help="default: 1000")

@@ -188,11 +188,20 @@ def test_ctrl_c_ends_with_the_summary(text: Path, tmp_path: Path) -> None:
         (["--steps", "0"], "invalid natural value: '0'"),
         (["--width", "10", "--heads", "4"], "expected a width that the heads divide"),
         (["--out", "no/such/folder/x.png"], "no such directory"),
-        (["--out", "/"], "is a directory"),
+        (["--out", "folder.png"], "is a directory"),
+        (["--out", "curves.jpeg"], "curves.jpeg: expected a name that ends in .png or .svg"),
         (["--tolerance", "1"], "expected --compare"),
     ],
 )
-def test_bad_training_options(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_training_options(
+    options: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit) as ended:
         train.main([*options, "--text", "no such file"])  # a broken check is not to begin a long training
     assert ended.value.code == 2
