@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import oracle
@@ -137,31 +133,6 @@ def test_random_numbers_are_not_touched() -> None:
     state = torch.get_rng_state()
     everything(x, y).backward()
     assert torch.get_rng_state().equal(state)
-
-
-def test_hessian_vector_product_memory(backend: str) -> None:
-    """At most 3 logits beyond the logits and the vector, the gradient and the product included; torch needs 7."""
-    program = """
-import sys, torch, xent
-from benchmarks.memory import growth
-x, v, y = torch.randn(512, 50257, requires_grad=True), torch.randn(512, 50257), torch.randint(50257, (512,))
-def product(rows):
-    z = x[rows].detach().requires_grad_()
-    (g,) = torch.autograd.grad(xent.cross_entropy(z, y[rows], softcap=eval(sys.argv[1])), z, create_graph=True)
-    return torch.autograd.grad(g, z, v[rows])
-product(slice(8))
-print(growth(lambda: product(slice(None))) / x.nbytes)
-"""
-    for softcap in ("None", "30.0"):
-        done = subprocess.run(
-            [sys.executable, "-c", program, softcap],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-            env={**os.environ, "XENT_BACKEND": backend},
-            check=True,
-        )
-        assert float(done.stdout) < 3
 
 
 def test_training_loop_of_a_user() -> None:
