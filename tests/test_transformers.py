@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import doctest
 import importlib
-import inspect
-import pickle
 
 import pytest
 import torch
@@ -16,75 +13,10 @@ import xent
 
 transformers = pytest.importorskip("transformers")
 
+from tiny import MODELS, SMALL, V, batch, same, step, tiny  # noqa: E402
 from transformers.loss import loss_utils  # noqa: E402
 
-from xent.integrations.transformers import FusedHead, HeadOutput, use_xent  # noqa: E402
-
-V, B, T = 61, 3, 7
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2 = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-MODELS = {
-    "GPT2LMHeadModel": {**GPT2, "bos_token_id": 1, "eos_token_id": 2},
-    "LlamaForCausalLM": SMALL,
-    "Qwen3ForCausalLM": {**SMALL, "tie_word_embeddings": True, "head_dim": 8},
-    "Gemma2ForCausalLM": {**SMALL, "final_logit_softcapping": 3.0, "head_dim": 8, "query_pre_attn_scalar": 8},
-    "MistralForCausalLM": SMALL,
-    "PhiForCausalLM": {**SMALL, "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # its head has a bias
-    "GraniteForCausalLM": {**SMALL, "logits_scaling": 0.125},
-    "CohereForCausalLM": {**SMALL, "logit_scale": 16.0},
-}
-
-
-def tiny(name: str = "LlamaForCausalLM", **changes: object) -> nn.Module:
-    """A model with logits far enough from uniform that a wrong scale or a forgotten softcap shows."""
-    torch.manual_seed(0)
-    model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**{**MODELS[name], **changes})).train()
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        head.weight.normal_(std=0.6)
-        if head.bias is not None:
-            head.bias.normal_()
-    return model
-
-
-def batch(rows: int = B) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    tokens = torch.randint(3, V, (rows, T))
-    labels = tokens.clone()
-    labels[0, :4] = -100
-    labels[-1, -2:] = -100
-    return {"input_ids": tokens, "labels": labels}
-
-
-def step(model: nn.Module, **inputs: object) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and every gradient."""
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Equal to float32 rounding, each gradient by its own norm: entries of a large head are small."""
-    assert found[0].dtype == expected[0].dtype
-    torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=0)
-    assert found[1].keys() == expected[1].keys()
-    assert found[1]
-    scale = max(gradient.norm() for gradient in expected[1].values())
-    for name, gradient in expected[1].items():
-        error = (found[1][name] - gradient).norm()
-        assert error <= 1e-5 * gradient.norm() + 1e-7 * scale, f"{name}: {error / gradient.norm()}"
+from xent.integrations.transformers import HeadOutput, use_xent  # noqa: E402
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["loss", "fused"])
@@ -244,10 +176,11 @@ def test_output_in_the_place_of_logits_is_honest() -> None:
 def test_recipes_of_logits(before: object, cap: object) -> None:
     """Whatever a forward writes, the loss is that of the logits that it would have made."""
     torch.manual_seed(0)
-    hidden, weight, target = torch.randn(2, 5, 8), torch.randn(V, 8), torch.randint(V, (2, 5))
-    scale, softcap = cap(before(HeadOutput(hidden, weight, None))).contiguous().transform()
-    found = xent.linear_cross_entropy(hidden, weight, target, logit_scale=scale, softcap=softcap)
-    torch.testing.assert_close(found, xent.cross_entropy(cap(before(hidden @ weight.T)), target))
+    hidden, head, target = torch.randn(2, 5, 8), nn.Linear(8, V), torch.randint(V, (2, 5))
+    scale, softcap = cap(before(HeadOutput(hidden, head))).contiguous().transform()
+    options = {"linear_bias": head.bias, "logit_scale": scale, "softcap": softcap}
+    found = xent.linear_cross_entropy(hidden, head.weight, target, **options)
+    torch.testing.assert_close(found, xent.cross_entropy(cap(before(head(hidden))), target))
 
 
 def test_an_unknown_forward_is_stopped() -> None:
@@ -304,117 +237,3 @@ def test_a_head_replaced_afterwards_is_refused() -> None:
     with pytest.raises(RuntimeError, match="its head is now a Linear, which is not fused; call use_xent"):
         model(**batch())
     assert isinstance(use_xent(model, fused_head=True)(**batch()).logits, HeadOutput)
-
-
-# The model is still the model
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["loss", "fused"])
-def test_restore(fused: bool) -> None:
-    model = tiny()
-    kinds, names = [type(module) for module in model.modules()], vars(model).keys() | set()
-    use_xent(use_xent(model, fused_head=fused), fused_head=fused)  # twice is once
-    assert use_xent(model, restore=True) is model
-    assert [type(module) for module in model.modules()] == kinds
-    assert vars(model).keys() == names
-    assert not hasattr(model.lm_head, "deferring")
-    assert model.loss_function is loss_utils.ForCausalLMLoss
-    assert isinstance(model(**batch()).logits, Tensor)
-    use_xent(model, restore=True)
-
-
-def test_class_and_signature() -> None:
-    model = tiny()
-    kind, signature = type(model), inspect.signature(model.forward)
-    use_xent(model, fused_head=True)
-    assert isinstance(model, kind)
-    assert isinstance(model.lm_head, nn.Linear)
-    assert isinstance(model.lm_head, FusedHead)
-    assert (type(model).__name__, type(model).__module__) == (kind.__name__, kind.__module__)
-    assert inspect.signature(model.forward) == signature
-
-
-def test_a_copy_runs_its_own_weights() -> None:
-    model = use_xent(tiny(), fused_head=True)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.mul_(1.5)
-    expected = step(use_xent(copy.deepcopy(twin), restore=True), **batch())
-    same(step(twin, **batch()), expected)
-    assert abs(model(**batch()).loss - expected[0]) > 1e-3
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["loss", "fused"])
-def test_save_and_load(fused: bool, tmp_path: object) -> None:
-    model = tiny("Qwen3ForCausalLM")
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    use_xent(model, fused_head=fused).save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is transformers.Qwen3ForCausalLM
-    assert loaded.config.architectures == ["Qwen3ForCausalLM"]
-    assert loaded.state_dict().keys() == state.keys()
-    for name, value in loaded.state_dict().items():
-        assert value.equal(state[name]), name
-    same(step(loaded.train(), **batch()), step(model, **batch()))
-    pickle.loads(pickle.dumps(model.state_dict()))
-
-
-def test_generate_in_eval_and_training_mode() -> None:
-    model, tokens = tiny(), batch()["input_ids"]
-    options = {"max_new_tokens": 4, "do_sample": False}
-    expected = model.eval().generate(tokens, **options)
-    use_xent(model, fused_head=True)
-    assert model.generate(tokens, **options).equal(expected)
-    assert model.train().generate(tokens, **options).equal(expected)
-
-
-@pytest.mark.usefixtures("unchecked")  # a compiler cannot read the checks
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, met while it compiles
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
-def test_compile_in_one_graph(name: str) -> None:
-    model, inputs = tiny(name), batch()
-    expected = step(model, **inputs)
-    use_xent(model, fused_head=True)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    same(step(compiled, **inputs), (expected[0], {f"_orig_mod.{k}": v for k, v in expected[1].items()}))
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["loss", "fused"])
-def test_trainer(fused: bool, tmp_path: object) -> None:
-    """A few steps with accumulation: the same weights, losses and evaluation as without xent; and it saves."""
-
-    def trained(patch: bool, folder: str) -> tuple[list[float], dict[str, Tensor]]:
-        model = tiny()
-        if patch:
-            use_xent(model, fused_head=fused)
-        data = [{key: value[i] for key, value in batch(8).items()} for i in range(8)]
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path / folder),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=3,
-            logging_steps=1,
-            save_steps=3,
-            optim="sgd",
-            learning_rate=0.5,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
-        trainer.train()
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        losses.append(trainer.evaluate()["eval_loss"])
-        assert trainer.predict(data).predictions.shape == (8, T, V)
-        saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path / folder / "checkpoint-3").state_dict()
-        return losses, saved
-
-    losses, weights = trained(True, "xent")
-    expected, expected_weights = trained(False, "torch")
-    assert len(losses) == 4
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=0)
-    for name, value in expected_weights.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -27,7 +27,7 @@ class HeadOutput:
 
     Args:
         hidden: `(..., D)`, of any floating dtype.
-        weight, bias: the head's own, `(V, D)` and `(V)` or None.
+        head: whose weight `(V, D)` and bias `(V)` or None count when the loss is computed.
         before, after: factors before and after the tanh; `after` is None as long as there was no tanh.
 
     Raises:
@@ -35,8 +35,8 @@ class HeadOutput:
 
     Example:
         >>> import torch
-        >>> from xent.integrations._head import FusedHead, HeadOutput
-        >>> output = HeadOutput(torch.zeros(2, 6, 8), torch.zeros(50, 8), None)
+        >>> from xent.integrations._head import HeadOutput
+        >>> output = HeadOutput(torch.zeros(2, 6, 8), torch.nn.Linear(8, 50))
         >>> capped = torch.tanh(output / 30) * 30
         >>> capped.transform()
         (1.0, 30.0)
@@ -44,16 +44,14 @@ class HeadOutput:
         torch.Size([2, 6, 50])
     """
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, before: float = 1.0, after: float | None = None
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+    def __init__(self, hidden: Tensor, head: nn.Linear, before: float = 1.0, after: float | None = None) -> None:
+        self.hidden, self.head = hidden, head
         self.before, self.after = before, after
 
     @property
     def shape(self) -> torch.Size:
         """The shape that logits would have."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+        return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +69,8 @@ class HeadOutput:
         if not isinstance(factor, (int, float)):
             raise missing(f"multiplied by a {type(factor).__name__}: only a number is understood")
         if self.after is None:
-            return HeadOutput(self.hidden, self.weight, self.bias, self.before * factor)
-        return HeadOutput(self.hidden, self.weight, self.bias, self.before, self.after * factor)
+            return HeadOutput(self.hidden, self.head, self.before * factor)
+        return HeadOutput(self.hidden, self.head, self.before, self.after * factor)
 
     __rmul__ = __mul__
 
@@ -86,7 +84,7 @@ class HeadOutput:
         """The middle of a softcap."""
         if self.after is not None:
             raise missing("a second tanh")
-        return HeadOutput(self.hidden, self.weight, self.bias, self.before, 1.0)
+        return HeadOutput(self.hidden, self.head, self.before, 1.0)
 
     def float(self) -> HeadOutput:
         """Itself: the statistics of the loss are float32 already, and so is the loss."""
@@ -119,8 +117,12 @@ class HeadOutput:
 class FusedHead(nn.Linear):
     r"""A head of logits :math:`x = W h + b` that returns the recipe of `x` while its model is in a training step.
 
+    Called again with a loss, it computes that: within a call of its own, so that whatever gathers its parameters around
+    one (FSDP, where the head is a unit of its own) does so for the loss as well.
+
     Args:
         hidden: `(..., D)`, of the head's dtype; the result is `(..., V)` logits, or their `HeadOutput`.
+        loss: of the hidden states, the weight and `linear_bias=`; the result is then what it returns.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit, as :class:`torch.nn.Linear`.
@@ -136,8 +138,10 @@ class FusedHead(nn.Linear):
 
     deferring: bool
 
-    def forward(self, hidden: Tensor) -> Any:
-        """Logits, or what they would be made of."""
+    def forward(self, hidden: Tensor, loss: Callable[..., Tensor] | None = None) -> Any:
+        """Logits, or what they would be made of, or their loss."""
+        if loss is not None:
+            return loss(hidden, self.weight, linear_bias=self.bias)
         if self.deferring:
-            return HeadOutput(hidden, self.weight, self.bias)
+            return HeadOutput(hidden, self)
         return super().forward(hidden)

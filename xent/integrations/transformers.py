@@ -5,9 +5,9 @@ and some models scale or cap the logits in between. `model.loss_function` is the
 is all that `use_xent(model)` sets.
 
 For `fused_head=True` the head, in a training step with labels, returns `HeadOutput` in the place of logits: hidden
-states, the head's parameters, and what has been done to the logits since, which is a scale and a softcap or it is
-refused. Nothing here knows the forward of any model: a model that does something else to its logits than these meets
-an object that cannot do it, and the error says which operation that was.
+states, the head, and what has been done to the logits since, which is a scale and a softcap or it is refused. The loss
+is then computed in a second call of the head. Nothing here knows the forward of any model: a model that does something
+else to its logits than these meets an object that cannot do it, and the error says which operation that was.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
         Wijmans et al., Cut Your Losses, 2024, arXiv:2411.09009.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+        of_peft = "; of a PEFT model patch its get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}{of_peft}")
     _restore(model)
     if restore:
         return model
@@ -105,11 +106,9 @@ def _causal_loss(
         scale, softcap = logits.transform()
         if softcap is not None and not 0 < softcap < math.inf:
             raise missing(f"a tanh multiplied by {softcap}")
-        return linear_cross_entropy(
-            logits.hidden,
-            logits.weight,
-            given,
-            linear_bias=logits.bias,
+        loss = functools.partial(
+            linear_cross_entropy,
+            target=given,
             ignore_index=ignore_index,
             normalizer=normalizer,
             softcap=softcap,
@@ -117,6 +116,7 @@ def _causal_loss(
             shift=shift_labels is None,
             loss_dtype=torch.float32,
         )
+        return logits.head(logits.hidden, loss)  # type: ignore[no-any-return]
     if shift_labels is None:  # the labels move, not the logits: a slice of them in T is not rows and would be copied
         given = nn.functional.pad(given, (0, 1), value=ignore_index)[..., 1:]
     return _loss(logits, given, ignore_index, normalizer)
