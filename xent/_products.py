@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLICE_BYTES = 4 << 20  # of the float32 copy of a part of the logits' gradient
+SLICE_BYTES = 8 << 20  # of the float32 copy of a part of the logits' gradient
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ def _add_outer_in_slices(total: Tensor, G: Tensor, h: Tensor, beta: int) -> None
     float32 factors that hold bfloat16 numbers may be multiplied as bfloat16 without any loss, and oneDNN does so at
     bfloat16's speed if it is allowed to: what it would round is not there.
     """
-    h, width = h.to(total.dtype), max(1, SLICE_BYTES // (max(1, len(G)) * total.itemsize))
+    h = h.t().to(total.dtype, memory_format=torch.contiguous_format).t()  # as oneDNN would lay it out for each slice
+    width = max(1, SLICE_BYTES // (max(1, len(G)) * total.itemsize))
     with _products_of_bfloat16() if G.dtype == torch.bfloat16 else contextlib.nullcontext():
         for begin in range(0, len(total), width):
             part = total[begin : begin + width]
