@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chart(options.png, rows)
     elif options.png:
         shape, dtype = options.linear[0], options.dtype[0]
-        memory_chart(options.png, f"{shape} {dtype}: N = rows", *linear.memory_curves(shape, dtype, options.threads[0]))
+        title = f"{shape.D} features, {shape.C} classes, {dtype}"
+        memory_chart(options.png, title, *linear.memory_curves(shape, dtype, options.threads[0]))
     bad = [row for row in rows if row.status in ("wrong", "failed")]
     for row in bad:
         print(f"bench.py: {row.contender} on {row.case} {row.dtype}: {row.status}: {row.note}", file=sys.stderr)

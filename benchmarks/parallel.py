@@ -221,14 +221,15 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     title = f"({first['N']}, {first['C']}) float32, processes: {first['world']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for head in ("forward + backward", "ms", "ratio", "collectives", "kB received", "memory", "error"):
-        table.add_column(head, justify="left" if head.startswith("f") else "right")
+        table.add_column(head, justify="left" if head.startswith("f") else "right", no_wrap=head.startswith("f"))
     for row in rows:
         figures = f"{row['ms']:.4g}|{row['ratio']:.2f}|{row['collectives']}|{row['bytes'] / 1e3:.1f}|"
         memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
         table.add_row(row["contender"], *f"{figures}{memory}|{row['error']:.0e}".split("|"))
     console.print(table)
     for case in first["cases"]:
-        console.print(f"  {case}: " + "; ".join(f"{row['contender']} {row['cases'][case]}" for row in rows))
+        verdicts = "; ".join(f"{row['contender']} {row['cases'][case]}" for row in rows)
+        console.print(f"  {case}: {verdicts}", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

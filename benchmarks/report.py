@@ -135,7 +135,7 @@ def figure_style() -> Any:
 
     plt.rcParams.update({"text.color": GREY, "xtick.color": GREY, "ytick.color": GREY, "font.size": 9})
     plt.rcParams.update({"axes.labelcolor": GREY, "axes.edgecolor": GREY})
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "xent"})  # text as text, and the same ids each time
+    plt.rcParams["svg.hashsalt"] = "xent"  # the same ids each time
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     return plt
 
@@ -145,11 +145,12 @@ def memory_chart(path: Path, title: str, rows: Sequence[int], curves: dict[str, 
     plt = figure_style()
     figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
     for name, curve in curves.items():
-        color = XENT if name.startswith("xent") else OTHER
+        color = XENT if name.startswith("xent") else GREY
         ax.plot(rows, curve, color=color, marker="o", markersize=3)
         ax.annotate(name, (rows[-1], curve[-1]), (5, 0), textcoords="offset points", color=color, va="center")
     ax.set(xscale="log", yscale="log", xticks=rows, xlabel="rows", ylabel="MiB beyond the gradients", title=title)
     ax.set_xticklabels([str(n) for n in rows])
+    ax.minorticks_off()
     ax.margins(x=0.35)
     figure.savefig(path, transparent=True, dpi=120)
 

@@ -33,6 +33,7 @@ from cli import natural, picture, refusal
 from gpt import GPT, Text
 from memory import growth, reset_peak
 from report import GREY, XENT, figure_style
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -172,7 +173,7 @@ def summary(learners: Sequence[Learner], text: Text, options: argparse.Namespace
     """A line for each learner."""
     draw = torch.Generator().manual_seed(options.seed)
     batches = [text.batch(text.validation, options.batch, draw) for _ in range(10)]
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for head in ("loss", "tokens/s", "ms/step", "step memory, MiB", "train loss", "validation loss"):
         table.add_column(head, justify="left" if head == "loss" else "right")
     for learner in learners:

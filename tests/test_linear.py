@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import xent
-from xent import _blocks, _primitives
+from xent import _blocks, _primitives, _products
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -69,14 +69,14 @@ def test_loss_and_gradients(reduction: str, max_bytes: int | None, soft: bool, o
 @every_target
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_shift_predicts_the_next_position(reduction: str, soft: bool) -> None:
-    h, W, b, y = problem(3, 6, soft=soft)
+    h, W, b, y = problem(3, 7, soft=soft)  # of two sequences the first target counts, unless it is nobody's
     options = {**OPTIONS["all"], "reduction": reduction}
     found = xent.linear_cross_entropy(h, W, y, linear_bias=b, shift=True, max_bytes=400, **options)
     expected = oracle.cross_entropy(F.linear(h, W, b)[:, :-1], y[:, 1:], dim=-1, **options)
     assert_close(found, expected)
     assert_close(grads(found, h, W, b), grads(expected, h, W, b))
-    stats = xent.linear_token_stats(h, W, torch.ones(3, 6, dtype=torch.uint8), shift=True)
-    assert stats.log_prob.shape == (3, 5)
+    stats = xent.linear_token_stats(h, W, torch.ones(3, 7, dtype=torch.uint8), shift=True)
+    assert stats.log_prob.shape == (3, 6)
 
 
 @pytest.mark.parametrize("asked", [a for a in itertools.product([False, True], repeat=3) if any(a)], ids=str)
@@ -112,12 +112,13 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("reduction", "products"), [("mean", 3), ("sum", 3), ("none", 4)])
-def test_products(reduction: str, products: int) -> None:
+def test_products(reduction: str, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all rows that count, each (n, C, D); with no_grad only the first; none of an ignored row."""
     h, W, _, y = problem(12)
     with Products() as made:
         xent.linear_cross_entropy(h, W, y, reduction=reduction).sum().backward()
     assert (made.count, made.work) == (products, products * 8 * C * D)
+    monkeypatch.setattr(_primitives, "logits_grad", None)
     with Products() as made, torch.no_grad():
         xent.linear_cross_entropy(h, W, y, reduction=reduction)
     assert (made.count, made.work) == (1, 8 * C * D)
@@ -129,6 +130,20 @@ def test_blocks_are_of_equal_size() -> None:
     head = _blocks.Head(_blocks.Reading(), torch.float64, budget)
     sizes = [len(block.hidden) for block in _blocks.Rows(h, W, None, y, head)]
     assert sizes == [22, 22, 22]  # 66 rows count; 30, 30 and 6 would fit, too
+    one_by_one = _blocks.Rows(h, W, None, y, head._replace(max_bytes=1))
+    assert [len(block.hidden) for block in one_by_one] == [1] * 66
+
+
+@pytest.mark.parametrize("classes", [1, 7, 8, 9])
+def test_sum_of_outer_products_in_slices(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 classes at a time: fewer, a remainder, an even number of slices, one class left over."""
+    monkeypatch.setattr(_products, "SLICE_BYTES", 4 * 5 * 4)
+    G, h, total = torch.randn(5, classes).bfloat16(), torch.randn(5, 3).bfloat16(), torch.randn(classes, 3)
+    product = (G.double().t() @ h.double()).float()
+    for beta, expected in ((1, total + product), (0, product)):
+        found = total.clone()
+        _products.add_outer(found, G, h, beta)
+        torch.testing.assert_close(found, expected)
 
 
 def test_upstream_and_repeated_backward() -> None:

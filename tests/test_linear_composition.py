@@ -78,7 +78,8 @@ def test_operators(reduction: str) -> None:
         arguments: tuple[Any, ...] = (h, W, b, y, scale, None, *reading, *rest, False, False, [True] * 3)
         torch.library.opcheck(torch.ops.xent.linear_loss, arguments)
     else:
-        torch.library.opcheck(torch.ops.xent.linear_stats, (h, W, b, y, None, *reading, *rest, True, True))
+        for target in (y, torch.rand(6, C, dtype=torch.float64)):
+            torch.library.opcheck(torch.ops.xent.linear_stats, (h, W, b, target, None, *reading, *rest, True, True))
         lse, *upstream = (torch.rand(6, dtype=torch.float64) for _ in range(5))
         arguments = (h, W, b, y, lse, upstream, None, *reading, *rest, True, False, [True, False, True])
         torch.library.opcheck(torch.ops.xent.linear_stats_grads, arguments)
