@@ -139,9 +139,15 @@ def test_autocast(reduction: str, dtype: torch.dtype) -> None:
     """Products in half precision, as of F.linear; a float32 loss, and gradients in their tensors' own dtypes."""
     h, W, b, y = problem(6, dtype=torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        found = xent.linear_cross_entropy(h.to(dtype), W, y, linear_bias=b, reduction=reduction)
+        found = xent.linear_cross_entropy(h, W, y, linear_bias=b, reduction=reduction)
+        of_half = xent.linear_cross_entropy(h.to(dtype), W, y, linear_bias=b, reduction=reduction)
         expected = F.cross_entropy(F.linear(h, W, b).float(), y, reduction=reduction)
-    assert found.dtype == torch.float32
+    halves = [t.detach().to(dtype) for t in (h, W)]
+    exact = xent.linear_cross_entropy(
+        *halves, y, linear_bias=b.detach().to(dtype), reduction=reduction, loss_dtype=torch.float32
+    )
+    assert found.equal(exact)  # float32, and of the same products
+    assert of_half.equal(exact)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     ours, theirs = grads(found, h, W, b), grads(expected, h, W, b)
     assert [g.dtype for g in ours] == [torch.float32] * 3
