@@ -126,6 +126,38 @@ def logits_grad(
     )
 
 
+def mean_of_few(
+    logits: Float[Tensor, "N C"],
+    target: Int[Tensor, " N"],
+    *,
+    divisor: float | None,
+    least: int,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    upstream: float | None = None,
+    out: Float[Tensor, "N C"] | None = None,
+) -> tuple[float, Float[Tensor, "N C"] | None] | None:
+    """sum_n (lse_n - picked_n) / divisor, and `upstream` times its gradient, if given: one call, for few logits.
+
+    A backend may have this besides the two primitives, where a call costs more than a pass. None says that it has not,
+    or that these logits are not few. Without a `divisor` the rows that count are counted, `least` at least. `out` as
+    for `logits_grad`.
+    """
+    one_call = getattr(backend_for(logits, target), "mean_of_few", None) if logits.numel() else None
+    return one_call and one_call(
+        logits,
+        target,
+        divisor=divisor,
+        least=least,
+        ignore_index=ignore_index,
+        scale=scale,
+        softcap=softcap,
+        upstream=upstream,
+        out=out,
+    )
+
+
 def _no_logits(
     logits: Tensor, target: Tensor, classes: int, ignore_index: int, wsum: bool, entropy: bool, argmax: bool
 ) -> Stats:

@@ -15,7 +15,7 @@ from ._backends import Reading, compute_dtype
 from ._dtensor import distributed
 from ._exchange import excused
 from ._parallel import parallel_stats
-from ._plain import plain_loss
+from ._plain import Mean, plain_loss
 
 
 @_layout.overridable
@@ -134,10 +134,9 @@ def cross_entropy(
     wanted = Wanted(wsum=smooth, inplace=inplace_backward)
     dtype = loss_dtype or _layout.result_dtype(input)
     plain = group is None and reduction == "mean" and weight is None and not (soft or smooth or z_loss)
-    if plain and not watched(logits):
-        divisor = normalizer if normalizer is not None else _objective.mean_divisor(y, None, ignore_index, on_empty)
-        if not (isinstance(divisor, Tensor) and divisor.requires_grad):
-            return plain_loss(logits, y, divisor, dtype, reading, wanted)
+    constant = not (isinstance(normalizer, Tensor) and normalizer.requires_grad)
+    if plain and constant and not watched(logits):
+        return plain_loss(logits, y, Mean(normalizer, on_empty, dtype), reading, wanted)
 
     if group is None:
         C: int | Tensor = logits.shape[1]

@@ -198,6 +198,44 @@ PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
+// The mean of lse - picked over few rows, and `upstream` times its gradient into `out`, if there is one, which may lie
+// over the logits; None instead of the mean if a target is bad. What it divides by is given, or the number of rows that count and `least`
+// at least.
+PyObject* py_mean(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 23)) return nullptr;
+    Arguments a{args};
+    Call c = read_call(a);
+    const int64_t dtype = a.integer(), classes = a.integer(), given = a.integer(), least = a.integer();
+    double divisor = a.real();
+    const double upstream = a.real();
+    c.out = a.matrix();
+    double* numbers = static_cast<double*>(PyMem_Malloc(size_t(2 * c.N + 1) * sizeof(double)));
+    if (!numbers) return PyErr_NoMemory();
+    PyObject* result = nullptr;
+    if (!unreadable(c, {})) {
+        c.lse = numbers, c.picked = numbers + c.N;
+        PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
+        const bool bad = bad_target(c, classes) >= 0;
+        double total = 0;
+        if (!bad) {
+            statistics(c, dtype, 1);
+            int64_t counted = 0;
+            for (int64_t row = 0; row < c.N; ++row) {
+                total += c.lse[row] - c.picked[row];
+                counted += !c.ignored(row);
+            }
+            if (!given) divisor = double(counted > least ? counted : least);
+            const double share = upstream / divisor, minus = -share;
+            c.lse_in = {c.lse, 1}, c.g_lse = {&share, 0}, c.g_picked = {&minus, 0};
+            if (c.out.data) run(kernels->gradient[dtype], c, 1);
+        }
+        if (state) PyEval_RestoreThread(state);
+        result = bad ? Py_NewRef(Py_None) : PyFloat_FromDouble(total / divisor);
+    }
+    PyMem_Free(numbers);
+    return result;
+}
+
 // (address of the entry point, whether it is kmpc's)
 PyObject* py_use_openmp(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 2)) return nullptr;
@@ -253,6 +291,7 @@ PyMODINIT_FUNC PyInit__native() {
     static PyMethodDef methods[] = {
         {"statistics", fast(py_statistics), METH_FASTCALL, nullptr},
         {"gradient", fast(py_gradient), METH_FASTCALL, nullptr},
+        {"mean", fast(py_mean), METH_FASTCALL, nullptr},
         {"use_openmp", fast(py_use_openmp), METH_FASTCALL, nullptr},
         {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
         {"use", py_use, METH_O, nullptr},

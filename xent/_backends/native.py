@@ -125,6 +125,45 @@ def logits_grad(
     return out
 
 
+def mean_of_few(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    divisor: float | None,
+    least: int,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    upstream: float | None,
+    out: Tensor | None,
+) -> tuple[float, Tensor | None] | None:
+    """See `xent._primitives.mean_of_few`."""
+    if logits.numel() > THREADED:
+        return None
+    kind = _kind(logits, target)
+    if isinstance(kind, str):
+        raise TypeError(kind)
+    if kind >= SOFT:
+        raise TypeError(f"takes class indices, got {target.dtype} targets")
+    N, C = logits.shape
+    row_stride, class_stride = logits.stride()
+    if upstream is None:
+        out = None
+    elif out is None:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    else:
+        _check_out(out, logits, target)
+    out_strides = (0, 1) if out is None else out.stride()
+    mean = _native.mean(
+        N, C, logits.data_ptr(), row_stride, class_stride, target.data_ptr(), target.stride(0), 0, kind, 0,
+        ignore_index, scale, softcap or 0.0, 0, LOGITS[logits.dtype], C, divisor is not None, least, divisor or 0.0,
+        upstream or 0.0, 0 if out is None else out.data_ptr(), *out_strides,
+    )  # fmt: skip
+    if mean is None:
+        check_range(target, C, ignore_index)  # raises
+    return mean, out
+
+
 def _kind(logits: Tensor, target: Tensor) -> int | str:
     """Which of the kinds of target this is, or why these tensors cannot be taken."""
     if not (logits.is_cpu and target.is_cpu):
