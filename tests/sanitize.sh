@@ -20,4 +20,4 @@ export LD_PRELOAD="$($CC -print-file-name=libasan.so) $($CXX -print-file-name=li
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH=$work PYTHONMALLOC=malloc  # so that every Python object lies between guards as well
 python -m pytest -q -p no:cacheprovider --rootdir "$work" -c "$work/pyproject.toml" \
-    "$root"/tests/test_native.py "$root"/tests/test_native_edges.py "$@"
+    "$root"/tests/test_native.py "$root"/tests/test_native_edges.py "$root"/tests/test_few.py "$@"

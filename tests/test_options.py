@@ -132,6 +132,17 @@ def test_normalizer_of_an_accumulated_batch() -> None:
     torch.testing.assert_close(torch.cat([grad for _, grad in parts]), whole[1])
 
 
+@pytest.mark.parametrize("C", [5, 20_000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_normalizer_that_changes_before_backward(C: int, z_loss: float) -> None:
+    """As torch has it for whatever a gradient depends on: an error, and not the gradient of another loss."""
+    x, y, count = torch.zeros(4, C, requires_grad=True), torch.tensor([0, 1, 2, 3]), torch.tensor(4.0)
+    loss = xent.cross_entropy(x, y, normalizer=count, z_loss=z_loss)
+    count.add_(4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_normalizer_that_requires_grad() -> None:
     x, y = batch((6, 4), (6,))
     count = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)

@@ -48,16 +48,17 @@ class PlainLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, mean: Mean, reading: Reading, wanted: Wanted) -> Tensor:
         ctx.mean, ctx.reading, ctx.wanted = mean, reading, wanted
+        divisor = mean.normalizer if isinstance(mean.normalizer, Tensor) else None  # saved to be seen if it changes
         if found := _of_few(logits, target, mean, reading):
-            ctx.save_for_backward(logits, target, None)
+            ctx.save_for_backward(logits, target, None, divisor)
             return torch.scalar_tensor(found[0], dtype=mean.dtype)
         lse, picked = RowStats.forward(logits, target, None, reading, wanted)
-        ctx.save_for_backward(logits, target, lse)
+        ctx.save_for_backward(logits, target, lse, divisor)
         return ((lse - picked).sum() / mean.divisor(target, reading.ignore_index)).to(mean.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, lse = ctx.saved_tensors
+        logits, target, lse, _ = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             stats = row_stats(logits, target, None, ctx.reading, ctx.wanted)
             loss = (stats.lse - stats.picked).sum() / ctx.mean.divisor(target, ctx.reading.ignore_index)

@@ -2,7 +2,7 @@
 
 Every loss of this package is a function of a few numbers per row, so every pass over the (N, C) logits is one
 of these two functions. A backend is a module with exactly these two, plus `refusal`, which says why it cannot
-take a given pair of tensors.
+take a given pair of tensors, and perhaps `mean_of_few`, which is both at once.
 
 The letters, here and in every backend: N rows, C classes held here, `x` the raw logits of one row,
 `z = softcap * tanh(scale * x / softcap)` (or just `scale * x`) the logits that count, `y` the target,

@@ -199,8 +199,8 @@ PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // The mean of lse - picked over few rows, and `upstream` times its gradient into `out`, if there is one, which may lie
-// over the logits; None instead of the mean if a target is bad. What it divides by is given, or the number of rows that count and `least`
-// at least.
+// over the logits; None instead of the mean if a target is bad. What it divides by is given, or the number of rows that
+// count, `least` at least.
 PyObject* py_mean(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 23)) return nullptr;
     Arguments a{args};
