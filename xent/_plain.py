@@ -49,9 +49,9 @@ class PlainLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, mean: Mean, reading: Reading, wanted: Wanted) -> Tensor:
         ctx.mean, ctx.reading, ctx.wanted = mean, reading, wanted
         divisor = mean.normalizer if isinstance(mean.normalizer, Tensor) else None  # saved to be seen if it changes
-        if found := _of_few(logits, target, mean, reading):
+        if (loss := _of_few(logits, target, mean, reading)) is not None:
             ctx.save_for_backward(logits, target, None, divisor)
-            return torch.scalar_tensor(found[0], dtype=mean.dtype)
+            return loss.to(mean.dtype)
         lse, picked = RowStats.forward(logits, target, None, reading, wanted)
         ctx.save_for_backward(logits, target, lse, divisor)
         return ((lse - picked).sum() / mean.divisor(target, reading.ignore_index)).to(mean.dtype)
@@ -65,7 +65,7 @@ class PlainLoss(torch.autograd.Function):
             (d_logits,) = torch.autograd.grad(loss, logits, g.to(loss.dtype), create_graph=True)
         elif lse is None:
             out = logits.detach() if ctx.wanted.inplace else None
-            _, d_logits = _of_few(logits, target, ctx.mean, ctx.reading, float(g), out)
+            d_logits = _of_few(logits, target, ctx.mean, ctx.reading, float(g), out)
             if out is not None:  # as in `RowGrad`
                 torch.autograd.graph.increment_version(logits)
         else:
@@ -83,7 +83,7 @@ def _of_few(
     reading: Reading,
     upstream: float | None = None,
     out: Tensor | None = None,
-) -> Any:
+) -> Tensor | None:
     """`mean_of_few`. On other devices not even tried: float(normalizer) would make the host wait."""
     if not logits.is_cpu:
         return None

@@ -137,8 +137,8 @@ def mean_of_few(
     softcap: float | None = None,
     upstream: float | None = None,
     out: Float[Tensor, "N C"] | None = None,
-) -> tuple[float, Float[Tensor, "N C"] | None] | None:
-    """sum_n (lse_n - picked_n) / divisor, and `upstream` times its gradient, if given: one call, for few logits.
+) -> Float[Tensor, "..."] | None:
+    """sum_n (lse_n - picked_n) / divisor (0-d), or, given `upstream`, so many times its gradient (N, C): one call.
 
     A backend may have this besides the two primitives, where a call costs more than a pass. None says that it has not,
     or that these logits are not few. Without a `divisor` the rows that count are counted, `least` at least. `out` as

@@ -198,16 +198,17 @@ PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
-// The mean of lse - picked over few rows, and `upstream` times its gradient into `out`, if there is one, which may lie
-// over the logits; None instead of the mean if a target is bad. What it divides by is given, or the number of rows that
-// count, `least` at least.
+// What the mean over few rows needs, and of this what is asked for: lse - picked of each row, and `upstream` times the
+// gradient of the mean, in `out`, which may lie over the logits. Returns what the mean divides by, which is given or the
+// number of rows that count, `least` at least; None if a target is bad.
 PyObject* py_mean(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 23)) return nullptr;
+    if (wrong_count(count, 24)) return nullptr;
     Arguments a{args};
     Call c = read_call(a);
     const int64_t dtype = a.integer(), classes = a.integer(), given = a.integer(), least = a.integer();
     double divisor = a.real();
     const double upstream = a.real();
+    double* nll = a.address<double>();
     c.out = a.matrix();
     double* numbers = static_cast<double*>(PyMem_Malloc(size_t(2 * c.N + 1) * sizeof(double)));
     if (!numbers) return PyErr_NoMemory();
@@ -216,12 +217,11 @@ PyObject* py_mean(PyObject*, PyObject* const* args, Py_ssize_t count) {
         c.lse = numbers, c.picked = numbers + c.N;
         PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
         const bool bad = bad_target(c, classes) >= 0;
-        double total = 0;
         if (!bad) {
             statistics(c, dtype, 1);
             int64_t counted = 0;
             for (int64_t row = 0; row < c.N; ++row) {
-                total += c.lse[row] - c.picked[row];
+                if (nll) nll[row] = c.lse[row] - c.picked[row];
                 counted += !c.ignored(row);
             }
             if (!given) divisor = double(counted > least ? counted : least);
@@ -230,7 +230,7 @@ PyObject* py_mean(PyObject*, PyObject* const* args, Py_ssize_t count) {
             if (c.out.data) run(kernels->gradient[dtype], c, 1);
         }
         if (state) PyEval_RestoreThread(state);
-        result = bad ? Py_NewRef(Py_None) : PyFloat_FromDouble(total / divisor);
+        result = bad ? Py_NewRef(Py_None) : PyFloat_FromDouble(divisor);
     }
     PyMem_Free(numbers);
     return result;

@@ -136,7 +136,7 @@ def mean_of_few(
     softcap: float | None,
     upstream: float | None,
     out: Tensor | None,
-) -> tuple[float, Tensor | None] | None:
+) -> Tensor | None:
     """See `xent._primitives.mean_of_few`."""
     if logits.numel() > THREADED:
         return None
@@ -147,21 +147,20 @@ def mean_of_few(
         raise TypeError(f"takes class indices, got {target.dtype} targets")
     N, C = logits.shape
     row_stride, class_stride = logits.stride()
-    if upstream is None:
-        out = None
-    elif out is None:
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    else:
+    nll = logits.new_empty(N, dtype=FLOAT64) if upstream is None else None
+    if out is not None:
         _check_out(out, logits, target)
+    elif upstream is not None:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     out_strides = (0, 1) if out is None else out.stride()
-    mean = _native.mean(
+    found = _native.mean(
         N, C, logits.data_ptr(), row_stride, class_stride, target.data_ptr(), target.stride(0), 0, kind, 0,
         ignore_index, scale, softcap or 0.0, 0, LOGITS[logits.dtype], C, divisor is not None, least, divisor or 0.0,
-        upstream or 0.0, 0 if out is None else out.data_ptr(), *out_strides,
+        upstream or 0.0, 0 if nll is None else nll.data_ptr(), 0 if out is None else out.data_ptr(), *out_strides,
     )  # fmt: skip
-    if mean is None:
+    if found is None:
         check_range(target, C, ignore_index)  # raises
-    return mean, out
+    return out if nll is None else nll.sum() / found
 
 
 def _kind(logits: Tensor, target: Tensor) -> int | str:
