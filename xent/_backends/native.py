@@ -147,10 +147,12 @@ def mean_of_few(
         raise TypeError(f"takes class indices, got {target.dtype} targets")
     N, C = logits.shape
     row_stride, class_stride = logits.stride()
-    nll = logits.new_empty(N, dtype=FLOAT64) if upstream is None else None
-    if out is not None:
+    nll = None
+    if upstream is None:
+        nll, out = logits.new_empty(N, dtype=FLOAT64), None
+    elif out is not None:
         _check_out(out, logits, target)
-    elif upstream is not None:
+    else:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     out_strides = (0, 1) if out is None else out.stride()
     found = _native.mean(
