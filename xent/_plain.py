@@ -48,20 +48,22 @@ class PlainLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, mean: Mean, reading: Reading, wanted: Wanted) -> Tensor:
         ctx.mean, ctx.reading, ctx.wanted = mean, reading, wanted
-        divisor = mean.normalizer if isinstance(mean.normalizer, Tensor) else None  # saved to be seen if it changes
-        if (loss := _of_few(logits, target, mean, reading)) is not None:
-            ctx.save_for_backward(logits, target, None, divisor)
-            return loss.to(mean.dtype)
-        lse, picked = RowStats.forward(logits, target, None, reading, wanted)
-        ctx.save_for_backward(logits, target, lse, divisor)
-        return ((lse - picked).sum() / mean.divisor(target, reading.ignore_index)).to(mean.dtype)
+        loss, lse, divisor = _of_few(logits, target, mean, reading), None, mean.normalizer
+        if loss is None:
+            lse, picked = RowStats.forward(logits, target, None, reading, wanted)
+            divisor = mean.divisor(target, reading.ignore_index)
+            loss = (lse - picked).sum() / divisor
+        # A normalizer that is a tensor is saved even where it is not needed, to be seen if it changes.
+        ctx.save_for_backward(logits, target, lse, divisor if isinstance(divisor, Tensor) else None)
+        return loss.to(mean.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, lse, _ = ctx.saved_tensors
+        logits, target, lse, divisor = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             stats = row_stats(logits, target, None, ctx.reading, ctx.wanted)
-            loss = (stats.lse - stats.picked).sum() / ctx.mean.divisor(target, ctx.reading.ignore_index)
+            divisor = ctx.mean.divisor(target, ctx.reading.ignore_index) if divisor is None else divisor
+            loss = (stats.lse - stats.picked).sum() / divisor
             (d_logits,) = torch.autograd.grad(loss, logits, g.to(loss.dtype), create_graph=True)
         elif lse is None:
             out = logits.detach() if ctx.wanted.inplace else None
@@ -69,7 +71,7 @@ class PlainLoss(torch.autograd.Function):
             if out is not None:  # as in `RowGrad`
                 torch.autograd.graph.increment_version(logits)
         else:
-            share = g.to(lse.dtype) / ctx.mean.divisor(target, ctx.reading.ignore_index)
+            share = g.to(lse.dtype) / (ctx.mean.normalizer if divisor is None else divisor)
             g_lse, g_picked = share.expand(len(lse)), (-share).expand(len(lse))
             upstream = (lse, g_lse, g_picked, None, None)
             d_logits = RowGrad.forward(logits, target, *upstream, None, ctx.reading, ctx.wanted.inplace)
