@@ -52,9 +52,7 @@ def lse_and_pick(
     want_argmax: bool,
 ) -> Stats:
     """See `xent._primitives.lse_and_pick`."""
-    kind = _kind(logits, target)
-    if isinstance(kind, str):
-        raise TypeError(kind)
+    kind = _taken(logits, target)
     N, C = logits.shape
     row_stride, class_stride = logits.stride()
     target_strides = target.stride()  # of an index target only the first counts
@@ -97,9 +95,7 @@ def logits_grad(
     out: Tensor | None,
 ) -> Tensor:
     """See `xent._primitives.logits_grad`."""
-    kind = _kind(logits, target)
-    if isinstance(kind, str):
-        raise TypeError(kind)
+    kind = _taken(logits, target)
     N, C = logits.shape
     row_stride, class_stride = logits.stride()
     target_strides = target.stride()  # of an index target only the first counts
@@ -140,9 +136,7 @@ def mean_of_few(
     """See `xent._primitives.mean_of_few`."""
     if logits.numel() > THREADED:
         return None
-    kind = _kind(logits, target)
-    if isinstance(kind, str):
-        raise TypeError(kind)
+    kind = _taken(logits, target)
     if kind >= SOFT:
         raise TypeError(f"takes class indices, got {target.dtype} targets")
     N, C = logits.shape
@@ -186,6 +180,14 @@ def _kind(logits: Tensor, target: Tensor) -> int | str:
         return f"takes probabilities of the shape of the logits {tuple(shape)}, got {tuple(target.shape)}"
     if kind < SOFT and (target.dim() != 1 or target.numel() != shape[0]):
         return f"takes index targets of shape ({shape[0]},), got {tuple(target.shape)}"
+    return kind
+
+
+def _taken(logits: Tensor, target: Tensor) -> int:
+    """`_kind`, of tensors that can be taken."""
+    kind = _kind(logits, target)
+    if isinstance(kind, str):
+        raise TypeError(kind)
     return kind
 
 
