@@ -15,7 +15,12 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 native = _primitives.load("native")
 if isinstance(native, str) and _primitives.FORCED != "native":
     pytest.skip(native, allow_module_level=True)
-NONE_FORCED = _primitives.FORCED in (None, "native")
+
+
+@pytest.fixture(autouse=True)
+def on_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_primitives, "FORCED", "native")
+
 
 LAYOUTS = {
     "contiguous": lambda: torch.randn(7, 33),
@@ -101,7 +106,6 @@ def test_refusals() -> None:
             native.mean_of_few(x, wrong, upstream=1.0, out=out, **others)
 
 
-@pytest.mark.skipif(not NONE_FORCED, reason="native is not the backend in use")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_small_mean_is_two_calls(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in forward, one in backward, whatever the upstream gradient; neither primitive."""
