@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from xent import _primitives
+from xent._records import RowSpec, Stats, Upstream, Wanted
+
 Options = dict[str, Any]
 
 # How many rounding errors of its own dtype a result may have: half a unit for the one rounding at the end of a half
@@ -17,13 +20,13 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1.01 * 2
 ALL_DTYPES = tuple(TOLERANCE)
 every_dtype = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 
-EVERYTHING: Options = {"want_wsum": True, "want_entropy": True, "want_argmax": True}  # of `lse_and_pick`
-UPSTREAM = ("g_lse", "g_picked", "g_wsum", "g_entropy")  # of `logits_grad`
+NOTHING, EVERYTHING = Wanted(), Wanted(True, True, True)
 
 
 class Truth(NamedTuple):
-    """The statistics of `xent._backends.Stats`, all of them."""
+    """The statistics of `xent._records.Stats`, all of them: relative to `top`, which is a constant."""
 
+    top: Tensor
     lse: Tensor
     picked: Tensor
     mass: Tensor
@@ -38,11 +41,16 @@ def scores(x: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tenso
     return z if softcap is None else softcap * (z / softcap).tanh()
 
 
-def log_sum_exp(z: Tensor) -> Tensor:
-    """log sum_c exp(z_c) of each row; a whole row of -inf has log 0."""
-    peak = z.detach().amax(1, keepdim=True)
-    peak = peak.where(peak > -torch.inf, 0)
-    return peak[:, 0] + (z - peak).exp().sum(1).log()
+def largest(z: Tensor) -> Tensor:
+    """max_c z_c of each row, a constant; 0 where it is not finite."""
+    top = z.detach().amax(1)
+    return top.where(top.isfinite(), 0)
+
+
+def log_sum_exp(u: Tensor) -> Tensor:
+    """log sum_c exp(u_c) of rows relative to `largest`: log 0 for a whole row of -inf, NaN for one with +inf."""
+    total = u.exp().sum(1)
+    return total.where(total < torch.inf, torch.nan).log()
 
 
 def weighted_sum(coefficient: Tensor, value: Tensor) -> Tensor:
@@ -61,35 +69,36 @@ def statistics(z: Tensor, target: Tensor, weight: Tensor | None = None, start: i
     C = z.shape[1]
     w = torch.ones(C).double() if weight is None else weight.double()
     t = target.double() * w if target.is_floating_point() else one_hot(target - start, C)
-    lse = log_sum_exp(z)
-    log_p = z - lse[:, None]
+    top = largest(z)
+    u = z - top[:, None]
+    lse = log_sum_exp(u)
+    log_p = u - lse[:, None]
     first = torch.arange(C).where(z == z.amax(1, keepdim=True), C).amin(1)
     entropy = -weighted_sum(log_p.exp(), log_p)
-    return Truth(lse, weighted_sum(t, z), t.sum(1), weighted_sum(w.expand_as(z), z), entropy, first)
+    return Truth(top, lse, weighted_sum(t, u), t.sum(1), weighted_sum(w.expand_as(u), u), entropy, first)
 
 
 def gradient(
     x: Tensor,
     target: Tensor,
-    lse: Tensor,
-    upstream: dict[str, Tensor],
+    stats: Truth | Stats,
+    upstream: Upstream,
     weight: Tensor | None = None,
     start: int = 0,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """dx (N, C), entry by entry, as the contract of `logits_grad` has it."""
-    g = {name: row[:, None] for name, row in upstream.items()}
-    z = scores(x, scale, softcap)
+    """dx (N, C), entry by entry, as the contract of `row_gradient` has it; `stats` may be of more classes than x."""
+    g = each(lambda row: row[:, None], upstream)
     w = torch.ones(x.shape[1]).double() if weight is None else weight.double()
     t = target.double() * w if target.is_floating_point() else one_hot(target - start, x.shape[1])
-    log_p = z - lse[:, None]
+    log_p = scores(x, scale, softcap) - stats.top[:, None] - stats.lse[:, None]
     p = log_p.exp()
-    dz = p * g["g_lse"] + g["g_picked"] * t
-    if "g_wsum" in g:
-        dz = dz + g["g_wsum"] * w
-    if "g_entropy" in g:
-        dz = dz - g["g_entropy"] * p * log_p.masked_fill(p == 0, 0)
+    dz: Tensor = p * g.lse + g.picked * t
+    if g.wsum is not None:
+        dz = dz + g.wsum * w
+    if g.entropy is not None:
+        dz = dz - g.entropy * p * log_p.masked_fill(p == 0, 0)
     return dz * (scale if softcap is None else scale / (scale * x.double() / softcap).cosh() ** 2)
 
 
@@ -126,8 +135,10 @@ def cross_entropy(
     rows = keep.nonzero()[:, 0]
     z, q = scores(x[rows], logit_scale, softcap), q[rows]
     smooth = (1 - label_smoothing) * q + label_smoothing / C
-    lse = log_sum_exp(z)
-    row_losses = weighted_sum(smooth * w, lse[:, None] - z) + z_loss * lse**2
+    top = largest(z)
+    u = z - top[:, None]
+    lse = log_sum_exp(u)
+    row_losses = weighted_sum(smooth * w, lse[:, None] - u) + z_loss * (top + lse) ** 2
     if reduction == "none":
         return torch.zeros(len(x)).double().index_put((rows,), row_losses).view(shape)
     if reduction == "sum":
@@ -185,11 +196,11 @@ def gradient_errors(got: Tensor, truth: Tensor, target: Tensor | None = None, di
     is_target = torch.zeros_like(truth) if target is None else one_hot(target.reshape(-1).long(), C)
     at_target, rest = error * is_target, error * (1 - is_target)
 
-    def largest(e: Tensor, of: Tensor) -> float:
+    def worst(e: Tensor, of: Tensor) -> float:
         relative = e.norm(dim=1) / of.norm(dim=1)
         return float(relative.where(e.norm(dim=1) != 0, 0).max()) if e.numel() else 0.0
 
-    return Errors(largest(at_target, truth), largest(rest, truth * (1 - is_target)))
+    return Errors(worst(at_target, truth), worst(rest, truth * (1 - is_target)))
 
 
 def assert_grad(got: Tensor, truth: Tensor, target: Tensor | None = None, dim: int = -1, slack: float = 1.0) -> None:
@@ -225,26 +236,53 @@ def truth_for(x: Tensor, target: Tensor, weight: Tensor | None = None, **reading
     return statistics(z, target, weight, reading.get("start", 0))
 
 
-def upstream(N: int, names: tuple[str, ...] = UPSTREAM) -> dict[str, Any]:
+def upstream(N: int, wsum: bool = True, entropy: bool = True) -> Upstream:
     """One random number per row and statistic."""
-    generator = torch.Generator().manual_seed(2)
-    return {name: torch.randn(N, generator=generator, dtype=torch.float64) for name in names}
+    g = torch.randn(4, N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return Upstream(g[0], g[1], g[2] if wsum else None, g[3] if entropy else None)
+
+
+def each(function: Callable[[Tensor], Tensor], record: Any) -> Any:
+    """The same record with `function` of each tensor that there is."""
+    return type(record)(*[None if tensor is None else function(tensor) for tensor in record])
+
+
+def stats_of(
+    x: Tensor, target: Tensor, wanted: Wanted = NOTHING, class_weight: Tensor | None = None, **spec: Any
+) -> Stats:
+    """The primitive, with the fields of a `RowSpec` as options."""
+    return _primitives.row_statistics(x, target, RowSpec(**spec), wanted, class_weight)
+
+
+def grad_of(
+    x: Tensor,
+    target: Tensor,
+    stats: Any,
+    g: Upstream,
+    class_weight: Tensor | None = None,
+    out: Tensor | None = None,
+    **spec: Any,
+) -> Tensor:
+    """The other one, for `Stats` or a `Truth`."""
+    return _primitives.row_gradient(x, target, stats.top, stats.lse, g, RowSpec(**spec), class_weight, out)
 
 
 def assert_stats(got: Any, truth: Truth, x: Tensor, target: Tensor, slack: float = 1.0) -> None:
     """Each statistic is float64 (N,) and as exact as arithmetic on the logits x allows.
 
-    wsum adds up C numbers of either sign, and goes into the loss divided by C.
+    The largest score is rounded as one number is. All others are sums of terms of one sign: relative to `top`, nothing
+    cancels.
     """
-    tolerance = slack * TOLERANCE[torch.float64 if x.dtype == torch.float64 else torch.float32]
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tolerance, unit = slack * TOLERANCE[compute], torch.finfo(compute).eps
+    torch.testing.assert_close(got.top, truth.top, rtol=4 * unit, atol=0)
     for name in ("lse", "picked", "mass", "wsum", "entropy"):
         value = getattr(got, name)
         if value is None:
             assert name in ("wsum", "entropy") or (name == "mass" and not target.is_floating_point())
             continue
         assert value.dtype == torch.float64, name
-        absolute = tolerance * (x.shape[1] if name == "wsum" else 1)
-        torch.testing.assert_close(value, getattr(truth, name), rtol=tolerance, atol=absolute)
+        torch.testing.assert_close(value, getattr(truth, name), rtol=tolerance, atol=tolerance)
     if got.argmax is not None:
         assert got.argmax.dtype == torch.int64
         assert got.argmax.equal(truth.argmax)

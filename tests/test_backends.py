@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xent
-from xent import _ops, _primitives
+from xent import _primitives, _torch
 from xent._backends import check_range
+from xent._records import RowSpec, Upstream
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +32,7 @@ def test_a_backend_is_two_functions(backend: str) -> None:
     module = _primitives.load(backend)
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     public = {name for name in own if not name.startswith("_")}
-    assert public - {"mean_of_few"} == {"lse_and_pick", "logits_grad", "refusal"}
+    assert public - {"mean_of_few"} == {"row_statistics", "row_gradient", "refusal"}
     assert module.refusal(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)) is None
     assert "\n" not in module.ABOUT
 
@@ -152,7 +153,7 @@ def device_calls() -> dict[str, Callable[[Callable[..., Tensor], Callable[..., T
 def test_no_host_sync(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward never waits for a number, and checks the targets with an assertion on the device, in every layout."""
     monkeypatch.setattr(_primitives, "FORCED", "eager")
-    monkeypatch.setattr(_ops, "observed", lambda logits: False)  # into the primitive, fake as these tensors are
+    monkeypatch.setattr(_torch, "is_redirected", lambda *_: False)  # into the primitive, fake as these tensors are
     with FakeTensorMode(), torch.no_grad(), Recorder() as recorder:
         flag = torch.empty(1, device="lazy") > 0
         with pytest.raises(DataDependentOutputException):
@@ -169,7 +170,8 @@ def test_no_host_sync_in_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode(), torch.no_grad():
         x, y = torch.empty(4, 5, device="lazy"), torch.empty(4, device="lazy", dtype=torch.int64)
         rows = torch.empty(4, device="lazy", dtype=torch.float64)
-        grad = _primitives.logits_grad(x, y, rows, rows, rows, rows, rows, scale=2.0, softcap=3.0)
+        upstream, spec = Upstream(rows, rows, rows, rows), RowSpec(scale=2.0, softcap=3.0)
+        grad = _primitives.row_gradient(x, y, rows, rows, upstream, spec)
         assert grad.shape == x.shape
         assert grad.device.type == "lazy"
 

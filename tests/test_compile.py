@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import xent
-from xent import _ops
+from xent._records import RowSpec, Wanted
 
 # The compiler warns of its own use of torch.jit and of its own configuration.
 pytestmark = [
@@ -122,10 +122,6 @@ def test_export() -> None:
         torch.testing.assert_close(program.module()(x, y), model(x, y))
 
 
-READING = {"start": 0, "ignore_index": -100, "scale": 1.0, "softcap": None, "class_weight": None}
-WANTED = {"classes": None, "want_wsum": True, "want_entropy": True, "want_argmax": True}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 def test_operators(dtype: torch.dtype, soft: bool) -> None:
@@ -133,11 +129,11 @@ def test_operators(dtype: torch.dtype, soft: bool) -> None:
     x, y = batch(6, dtype)
     x, target = x.detach(), x.detach().softmax(1) if soft else y
     numbers = torch.rand(6, dtype=torch.float64)
-    upstream = (target, numbers, numbers, numbers, numbers, None)
+    numbers_and_spec = (target, *[numbers] * 6, None, *RowSpec())
     checks = (
-        torch.library.opcheck(torch.ops.xent.lse_and_pick, (x, target), {**READING, **WANTED}),
-        torch.library.opcheck(torch.ops.xent.logits_grad, (x, *upstream), READING),
-        torch.library.opcheck(torch.ops.xent.logits_grad_, (x, *upstream), READING),
+        torch.library.opcheck(torch.ops.xent.row_statistics, (x, target, None, *RowSpec(), *Wanted(True, True, True))),
+        torch.library.opcheck(torch.ops.xent.row_gradient, (x, *numbers_and_spec)),
+        torch.library.opcheck(torch.ops.xent.row_gradient_, (x, *numbers_and_spec)),
     )
     assert all(outcome == "SUCCESS" for check in checks for outcome in check.values())
 
@@ -157,8 +153,8 @@ def test_shapes_without_numbers(where: str) -> None:
 
 def test_plain_tensors_pay_for_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = batch(6)
-    monkeypatch.setattr(_ops, "lse_and_pick", pytest.fail)
-    monkeypatch.setattr(_ops, "logits_grad", pytest.fail)
+    monkeypatch.setattr(torch.ops.xent, "row_statistics", pytest.fail)
+    monkeypatch.setattr(torch.ops.xent, "row_gradient", pytest.fail)
     for logits in (x, nn.Parameter(x.detach())):
         (grad,) = torch.autograd.grad(xent.cross_entropy(logits, y), logits)
         assert grad.isfinite().all()

@@ -10,15 +10,13 @@ import jaxtyping
 import oracle
 import pytest
 import torch
-from oracle import EVERYTHING, Options, assert_stats, every_dtype, rows, truth_for, upstream
+from oracle import EVERYTHING, Options, assert_stats, each, every_dtype, grad_of, rows, stats_of, truth_for, upstream
 from torch import Tensor
 from torch.nn import functional as F
 
 import xent
 from benchmarks.memory import growth
 from xent import _primitives
-from xent._backends import Stats
-from xent._primitives import logits_grad, lse_and_pick
 
 pytestmark = [
     pytest.mark.cuda,
@@ -63,15 +61,14 @@ def test_the_truth(case: Options, N: int, C: int, dtype: torch.dtype, on_device:
     weight = torch.rand(C, dtype=compute) if case.get("class_weight") else None
     g = upstream(N)
     w = None if weight is None else weight.cuda()
-    got = lse_and_pick(x.cuda(), target.cuda(), class_weight=w, **reading, **EVERYTHING)
+    got = stats_of(x.cuda(), target.cuda(), EVERYTHING, w, **reading)
     truth = truth_for(x, target, weight, **reading)
-    assert_stats(Stats(*[None if stat is None else stat.cpu() for stat in got]), truth, x, target, slack=4)
-    rows_of_g = {name: row.cuda() for name, row in g.items()}
-    own = x.cuda()
-    fresh = logits_grad(own, target.cuda(), got.lse, **rows_of_g, class_weight=w, **reading)
-    expected = oracle.gradient(x, target, truth.lse, g, weight, **reading)
+    assert_stats(each(Tensor.cpu, got), truth, x, target, slack=4)
+    own, on_it = x.cuda(), each(Tensor.cuda, g)
+    fresh = grad_of(own, target.cuda(), got, on_it, w, **reading)
+    expected = oracle.gradient(x, target, truth, g, weight, **reading)
     oracle.assert_grad(fresh.cpu(), expected, None if target.is_floating_point() else target, slack=4)
-    logits_grad(own, target.cuda(), got.lse, **rows_of_g, class_weight=w, **reading, out=own)
+    grad_of(own, target.cuda(), got, on_it, w, out=own, **reading)
     assert own.equal(fresh)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import xent
 from xent import _primitives
+from xent._records import RowSpec, Upstream, Wanted
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 native = _primitives.load("native")
@@ -40,37 +41,31 @@ def problem(layout: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x), target
 
 
-def by_two(x: Tensor, y: Tensor, upstream: float, divisor: float, **reading: Any) -> tuple[Tensor, Tensor]:
-    stats = native.lse_and_pick(
-        x, y, start=0, classes=x.shape[1], class_weight=None, want_wsum=False, want_entropy=False, want_argmax=False,
-        **reading,
-    )  # fmt: skip
-    share = torch.tensor(upstream, dtype=torch.float64) / divisor
-    grad = native.logits_grad(
-        x, y, stats.lse, share.expand(len(x)), (-share).expand(len(x)), None, None, start=0, class_weight=None,
-        out=None, **reading,
-    )  # fmt: skip
+def by_two(x: Tensor, y: Tensor, upstream: float, divisor: float, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    spec = spec._replace(classes=x.shape[1])
+    stats = native.row_statistics(x, y, spec, Wanted(), None)
+    share = torch.tensor(upstream, dtype=torch.float64).expand(len(x)) / divisor
+    grad = native.row_gradient(x, y, stats.top, stats.lse, Upstream(share, -share), spec, None, None)
     return (stats.lse - stats.picked).sum() / divisor, grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reading", [{}, {"scale": 0.5, "softcap": 2.0, "ignore_index": 3}], ids=str)
-def test_equals_the_two_primitives(layout: str, dtype: torch.dtype, reading: dict[str, Any]) -> None:
+@pytest.mark.parametrize("spec", [RowSpec(), RowSpec(3, 0.5, 2.0)], ids=["plain", "all options"])
+def test_equals_the_two_primitives(layout: str, dtype: torch.dtype, spec: RowSpec) -> None:
     x, y = problem(layout, dtype)
-    reading = {"ignore_index": -100, "scale": 1.0, "softcap": None} | reading
-    y[0], y[-1] = 1, reading["ignore_index"]
+    y[0], y[-1] = 1, spec.ignore_index
     for index in (y, y.int()):
         for divisor in (None, 2.5):
-            counted = divisor or float((y != reading["ignore_index"]).sum())
-            expected, expected_grad = by_two(x, index, 0.7, counted, **reading)
-            options = {"divisor": divisor, "least": 0, **reading}
-            assert native.mean_of_few(x, index, upstream=None, out=None, **options).equal(expected)
-            grad = native.mean_of_few(x, index, upstream=0.7, out=None, **options)
+            counted = divisor or float((y != spec.ignore_index).sum())
+            expected, expected_grad = by_two(x, index, 0.7, counted, spec)
+            options: dict[str, Any] = {"divisor": divisor, "least": 0, "out": None}
+            assert native.mean_of_few(x, index, spec, upstream=None, **options).equal(expected)
+            grad = native.mean_of_few(x, index, spec, upstream=0.7, **options)
             assert grad.equal(expected_grad)
             assert grad.is_contiguous()
     over = x.as_strided(x.shape, x.stride())
-    grad = native.mean_of_few(x, y, upstream=0.7, out=over, divisor=2.5, least=0, **reading)
+    grad = native.mean_of_few(x, y, spec, upstream=0.7, out=over, divisor=2.5, least=0)
     assert grad is over
     assert x.equal(expected_grad)
 
@@ -80,7 +75,7 @@ def test_nothing_counts(divisor: float | None, least: int, loss: str) -> None:
     x, y = problem("contiguous")
     x[:] = torch.nan
     found, grad = (
-        _primitives.mean_of_few(x, y.fill_(-100), divisor=divisor, least=least, upstream=upstream)
+        _primitives.mean_of_few(x, y.fill_(-100), RowSpec(), divisor=divisor, least=least, upstream=upstream)
         for upstream in (None, 1.0)
     )
     assert str(found.item()) == loss
@@ -89,13 +84,13 @@ def test_nothing_counts(divisor: float | None, least: int, loss: str) -> None:
 
 def test_refusals() -> None:
     x, y = problem("contiguous")
-    assert _primitives.mean_of_few(torch.zeros(2049, 32), torch.zeros(2049).long(), divisor=None, least=0) is None
-    assert _primitives.mean_of_few(torch.zeros(0, 3), torch.zeros(0).long(), divisor=None, least=0) is None
+    for shape in ((2049, 32), (0, 3)):
+        many = torch.zeros(shape), torch.zeros(shape[0]).long(), RowSpec()
+        assert _primitives.mean_of_few(*many, divisor=None, least=0) is None
     y[4] = 33
     with pytest.raises(IndexError, match=r"expected class indices in \[0, 33\) or ignore_index=-100, got 33 \(row 4"):
-        _primitives.mean_of_few(x, y, divisor=None, least=0, upstream=1.0, out=x)
+        _primitives.mean_of_few(x, y, RowSpec(), divisor=None, least=0, upstream=1.0, out=x)
     assert x.equal(problem("contiguous")[0]), "a target is checked before anything is written"
-    others = {"divisor": None, "least": 0, "ignore_index": -100, "scale": 1.0, "softcap": None}
     for wrong, out, error in (
         (x, None, TypeError),  # probabilities
         (y[1:], None, TypeError),
@@ -103,21 +98,21 @@ def test_refusals() -> None:
         (y, x.double(), ValueError),
     ):
         with pytest.raises(error):
-            native.mean_of_few(x, wrong, upstream=1.0, out=out, **others)
+            native.mean_of_few(x, wrong, RowSpec(), divisor=None, least=0, upstream=1.0, out=out)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_small_mean_is_two_calls(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in forward, one in backward, whatever the upstream gradient; neither primitive."""
     x, y = problem("contiguous")
-    _, expected = by_two(x, y, 0.7, 6.0, ignore_index=-100, scale=1.0, softcap=None)
+    _, expected = by_two(x, y, 0.7, 6.0, RowSpec())
     calls = []
     one_call = native.mean_of_few
     monkeypatch.setattr(
         native, "mean_of_few", lambda *args, **kwargs: calls.append(kwargs) or one_call(*args, **kwargs)
     )
-    monkeypatch.setattr(native, "lse_and_pick", None)
-    monkeypatch.setattr(native, "logits_grad", None)
+    monkeypatch.setattr(native, "row_statistics", None)
+    monkeypatch.setattr(native, "row_gradient", None)
     leaf = x.clone().requires_grad_()
     loss = xent.cross_entropy(leaf * 1, y, on_empty="zero", inplace_backward=inplace)
     assert loss.dtype == torch.float32

@@ -118,7 +118,7 @@ def test_products(reduction: str, products: int, monkeypatch: pytest.MonkeyPatch
     with Products() as made:
         xent.linear_cross_entropy(h, W, y, reduction=reduction).sum().backward()
     assert (made.count, made.work) == (products, products * 8 * C * D)
-    monkeypatch.setattr(_primitives, "logits_grad", None)
+    monkeypatch.setattr(_primitives, "row_gradient", None)
     with Products() as made, torch.no_grad():
         xent.linear_cross_entropy(h, W, y, reduction=reduction)
     assert (made.count, made.work) == (1, 8 * C * D)
@@ -127,7 +127,7 @@ def test_products(reduction: str, products: int, monkeypatch: pytest.MonkeyPatch
 def test_blocks_are_of_equal_size() -> None:
     h, W, _, y = (t.detach() for t in problem(100))
     budget = 30 * 8 * (C + 2 * D)
-    head = _blocks.Head(_blocks.Reading(), torch.float64, budget)
+    head = _blocks.Head(_blocks.RowSpec(), torch.float64, budget)
     sizes = [len(block.hidden) for block in _blocks.Rows(h, W, None, y, head)]
     assert sizes == [22, 22, 22]  # 66 rows count; 30, 30 and 6 would fit, too
     one_by_one = _blocks.Rows(h, W, None, y, head._replace(max_bytes=1))
@@ -279,13 +279,13 @@ def test_module() -> None:
 def test_the_primitives_write_nowhere_but_into_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """One buffer of logits, as large as a block; each block is in it."""
     places = []
-    original = _primitives.logits_grad
+    original = _primitives.row_gradient
 
-    def watch(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        places.append((logits.data_ptr(), kwargs["out"].data_ptr()))
-        return original(logits, *args, **kwargs)
+    def watch(logits: Tensor, *args: Any) -> Tensor:
+        places.append((logits.data_ptr(), args[-1].data_ptr()))
+        return original(logits, *args)
 
-    monkeypatch.setattr(_primitives, "logits_grad", watch)
+    monkeypatch.setattr(_primitives, "row_gradient", watch)
     h, W, _, y = problem(12)
     xent.linear_cross_entropy(h, W, y, max_bytes=500).backward()
     assert len(places) > 1

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import xent
+from xent._records import RowSpec
 
 pytestmark = [
     pytest.mark.usefixtures("backend", "unchecked"),  # a compiler cannot read the checks
@@ -72,16 +73,18 @@ def test_compile_token_stats() -> None:
 def test_operators(reduction: str) -> None:
     """torch's own checks of what the compiler is told: schema, shapes without numbers, registration."""
     h, W, b, y = (t.detach() for t in problem(6))
-    reading, rest = (-100, 1.0, None, 0, None), (torch.float64, 400, 0, 0.1, 0.0)
-    scale = torch.tensor(0.5, dtype=torch.float64)
+    spec, rest = RowSpec(), (torch.float64, 400, 0, 0.1, 0.0)
+    factor = torch.tensor(0.5, dtype=torch.float64)
+    targets = ((y, False), (torch.rand(6, C, dtype=torch.float64), True))
     if reduction == "mean":
-        arguments: tuple[Any, ...] = (h, W, b, y, scale, None, *reading, *rest, False, False, [True] * 3)
-        torch.library.opcheck(torch.ops.xent.linear_loss, arguments)
-    else:
-        for target in (y, torch.rand(6, C, dtype=torch.float64)):
-            torch.library.opcheck(torch.ops.xent.linear_stats, (h, W, b, target, None, *reading, *rest, True, True))
-        lse, *upstream = (torch.rand(6, dtype=torch.float64) for _ in range(5))
-        arguments = (h, W, b, y, lse, upstream, None, *reading, *rest, True, False, [True, False, True])
+        for target, soft in targets:
+            arguments = (h, W, b, target, factor, None, *spec, *rest, False, False, [True, True, True, soft])
+            torch.library.opcheck(torch.ops.xent.linear_loss, arguments)
+        return
+    for target, soft in targets:
+        torch.library.opcheck(torch.ops.xent.linear_stats, (h, W, b, target, None, *spec, *rest, True, True))
+        numbers = [*torch.rand(6, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) if soft else None]
+        arguments = (h, W, b, target, *numbers, None, *spec, *rest, True, False, [True, False, True, soft])
         torch.library.opcheck(torch.ops.xent.linear_stats_grads, arguments)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xent import _primitives
-from xent._backends import Stats
+from xent._records import RowSpec, Stats, Upstream, Wanted
 
 native = _primitives.load("native")
 assert not isinstance(native, str), native
@@ -27,21 +27,17 @@ def instruction_set(request):
     native._native.use(before)
 
 
-def stats(x, y, **options) -> Stats:
-    defaults = {
-        "start": 0,
-        "classes": options.get("start", 0) + x.shape[-1],
-        "ignore_index": -100,
-        "scale": 1.0,
-        "softcap": None,
-    }
-    wants = {"class_weight": None, "want_wsum": False, "want_entropy": False, "want_argmax": False}
-    return native.lse_and_pick(x, y, **(defaults | wants | options))
+EVERYTHING = Wanted(True, True, True)
 
 
-def grad(x, y, lse, g_lse, g_picked, g_wsum=None, g_entropy=None, **options):
-    defaults = {"start": 0, "ignore_index": -100, "scale": 1.0, "softcap": None, "class_weight": None, "out": None}
-    return native.logits_grad(x, y, lse, g_lse, g_picked, g_wsum, g_entropy, **(defaults | options))
+def stats(x, y, wanted=Wanted(), class_weight=None, **spec) -> Stats:  # noqa: B008
+    spec = {"classes": spec.get("start", 0) + x.shape[-1]} | spec
+    return native.row_statistics(x, y, RowSpec(**spec), wanted, class_weight)
+
+
+def grad(x, y, found, *g, class_weight=None, out=None, **spec):
+    """`found` is what `stats` returns, or begins with it: top and lse."""
+    return native.row_gradient(x, y, *found[:2], Upstream(*g), RowSpec(**spec), class_weight, out)
 
 
 def expected(x, y, g=None, *, start=0, scale=1.0, softcap=None, class_weight=None, ignore_index=-100):
@@ -61,16 +57,19 @@ def expected(x, y, g=None, *, start=0, scale=1.0, softcap=None, class_weight=Non
     else:
         keep = y != ignore_index
         t = (torch.arange(x.shape[1]) + start == y[:, None]).double()
-    log_p = torch.log_softmax(z, 1)
+    top = z.amax(1)
+    u = z - top[:, None]
+    lse = u.exp().sum(1).log()
+    log_p = u - lse[:, None]
     p = log_p.exp()
     p_log_p = torch.where(p > 0, p * log_p, 0)
-    picked = torch.where(t != 0, t * z, 0).sum(1)
-    wsum = torch.where(w != 0, w * z, 0).sum(1)
+    picked = torch.where(t != 0, t * u, 0).sum(1)
+    wsum = torch.where(w != 0, w * u, 0).sum(1)
     mass = t.sum(1) if y.is_floating_point() else None
-    found = [torch.logsumexp(z, 1), picked, mass, wsum, -p_log_p.sum(1), z.argmax(1)]
-    found = Stats(*[None if f is None else torch.where(keep, f, -(i == 5)) for i, f in enumerate(found)])
+    found = [top, lse, picked, mass, wsum, -p_log_p.sum(1), z.argmax(1)]
+    found = Stats(*[None if f is None else torch.where(keep, f, -(i == 6)) for i, f in enumerate(found)])
     sizes = Stats(*[None if f is None else f.abs().clamp(min=1) for f in found])
-    sizes = sizes._replace(picked=1 + (t * z).abs().sum(1), wsum=1 + (w * z).abs().sum(1))
+    sizes = sizes._replace(picked=1 + picked.abs(), wsum=1 + wsum.abs())
     if g is None:
         return found, None, sizes
     a, b, c, d = (v[:, None] for v in g)
@@ -131,9 +130,10 @@ def test_exp_of_special_numbers(dtype, lowest):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_is_read_exactly(dtype):
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
-    picked = stats(x, torch.zeros(2**16, dtype=torch.int64)).picked
-    assert torch.equal(picked.nan_to_num(1e9), x[:, 0].double().nan_to_num(1e9))
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    found = stats(torch.stack([x, 0 * x.nan_to_num()], 1), torch.zeros(2**16, dtype=torch.int64))
+    assert torch.equal((found.top + found.picked).nan_to_num(1e9), x.double().nan_to_num(1e9))
+    assert torch.equal(found.top, torch.where(x.isfinite(), x.double(), 0).clamp(min=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,7 +144,7 @@ def test_16_bit_results_are_rounded_to_even(dtype):
     v = torch.cat([numbers, exact, ties[ties.isfinite()], torch.tensor([65519.99, 65520.0, -65520.0])])
     x = torch.zeros(len(v), 1, dtype=dtype)
     zeros = torch.zeros(len(v), dtype=torch.float64)
-    d = grad(x, zeros.long(), zeros, zeros, v.double())[:, 0]
+    d = grad(x, zeros.long(), (zeros, zeros), zeros, v.double())[:, 0]
     assert torch.equal(d.isnan(), v.isnan())
     assert torch.equal(d.nan_to_num(7), v.to(dtype).nan_to_num(7))
 
@@ -152,10 +152,10 @@ def test_16_bit_results_are_rounded_to_even(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_softcap_keeps_the_digits_of_small_logits(dtype):
     x = torch.logspace(-6, 2, 4001, dtype=torch.float64).to(dtype)[:, None] * torch.tensor([[1, -1]], dtype=dtype)
-    picked = [stats(x, torch.full((len(x),), k), softcap=5.0).picked for k in (0, 1)]
+    top, _, picked, *_ = stats(x, torch.ones(len(x), dtype=torch.int64), softcap=5.0)
     truth = 5 * torch.tanh(x[:, 0].double() / 5)
-    assert torch.equal(picked[0], -picked[1])
-    assert (picked[0] / truth - 1).abs().max() < 4 * torch.finfo(dtype).eps
+    assert torch.equal(picked, -2 * top)
+    assert (top / truth - 1).abs().max() < 4 * torch.finfo(dtype).eps
 
 
 # ------------------------------------------------------------------------------------------------- all options
@@ -190,13 +190,12 @@ def test_against_float64(dtype, kind, options):
         weight[::5] = 0
         chosen = options | ({"class_weight": weight} if weighted else {})
         truth, d_truth, sizes = expected(x, y, g if all_wanted else g * torch.tensor([1, 1, 0, 0])[:, None], **chosen)
-        wants = dict.fromkeys(["want_wsum", "want_entropy", "want_argmax"], all_wanted)
-        found = stats(x, y, **chosen, **wants)
+        found = stats(x, y, Wanted(all_wanted, all_wanted, all_wanted), **chosen)
         for name, value, true, size in zip(Stats._fields, found, truth, sizes, strict=True):
             if value is not None:
                 close(value, true, size, STATS_ERROR[dtype], name)
         assert (found.wsum is None) == (found.entropy is None) == (found.argmax is None) == (not all_wanted)
-        d = grad(x, y, found.lse, *(g if all_wanted else g[:2]), **chosen)
+        d = grad(x, y, found, *(g if all_wanted else g[:2]), **chosen)
         assert d.dtype == dtype
         assert d.is_contiguous()
         check_gradient(d, d_truth, y, GRAD_ERROR[dtype] * (4 if "softcap" in options else 1))

@@ -22,8 +22,8 @@ import test_native as t
 def count(): return len(os.listdir("/proc/self/task"))
 x, y = torch.randn(64, 20_000), torch.arange(64)
 def both():
-    lse = t.stats(x, y).lse
-    return t.grad(x, y, lse, lse, lse)
+    found = t.stats(x, y)
+    return t.grad(x, y, found, *found[1:3])
 """
 
 
@@ -38,8 +38,7 @@ def run(code: str, **environment: str) -> str:
 
 def problem():
     x, y = torch.randn(SHAPE), torch.arange(SHAPE[0])
-    lse = stats(x, y).lse
-    return x, y, lse
+    return x, y, stats(x, y)
 
 
 @linux
@@ -68,13 +67,13 @@ def test_small_inputs_start_no_thread():
 
 
 def test_the_number_of_threads_changes_no_bit():
-    x, y, lse = problem()
+    x, y, found = problem()
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append((stats(x, y).lse, grad(x, y, lse, lse, lse), stats(x[:2].repeat(1, 5), y[:2]).lse))
+            results.append((stats(x, y).lse, grad(x, y, found, *found[1:3]), stats(x[:2].repeat(1, 5), y[:2]).lse))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -82,10 +81,10 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_without_an_openmp_runtime_one_thread_does_the_work():
-    x, y, lse = problem()
+    x, y, found = problem()
     native._native.use_openmp(0, False)
     try:
-        assert torch.equal(stats(x, y).lse, lse)
+        assert torch.equal(stats(x, y).lse, found.lse)
     finally:
         native._use_torch_openmp()
 
@@ -126,17 +125,17 @@ class Losses(Dataset):
         return 4
 
     def __getitem__(self, index):
-        lse = stats(self.x, self.y).lse
-        return grad(self.x, self.y, lse, lse, lse)
+        found = stats(self.x, self.y)
+        return grad(self.x, self.y, found, *found[1:3])
 
 
 @linux
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # which is the point
 def test_in_forked_data_loader_workers():
-    x, y, lse = problem()  # the parent's threads are running by now, and do not exist in the workers
+    x, y, found = problem()  # the parent's threads are running by now, and do not exist in the workers
     loader = DataLoader(Losses(x, y), num_workers=2, batch_size=2, multiprocessing_context="fork", timeout=60)
     for batch in loader:
-        assert torch.equal(batch[0], grad(x, y, lse, lse, lse))
+        assert torch.equal(batch[0], grad(x, y, found, *found[1:3]))
         assert torch.equal(batch[0], batch[1])
 
 
@@ -159,8 +158,8 @@ def test_ignored_rows_of_a_fresh_gradient_take_no_memory(counted):
     code = f"""
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 x, y = torch.ones(640, 50_000), torch.full((640,), -100); {counted} = 0
-lse = t.stats(x, y).lse
-before = resident(); d = t.grad(x, y, lse, lse, lse); print(resident() - before, int(d.count_nonzero()) / 50_000)
+found = t.stats(x, y)
+before = resident(); d = t.grad(x, y, found, *found[1:3]); print(resident() - before, int(d.count_nonzero()) / 50_000)
 """
     grown, rows = map(float, run(code).split())
     assert 15 <= grown <= 40  # MiB, of 122
@@ -173,11 +172,15 @@ def test_zeros_for_ignored_rows_of_a_large_gradient(N, C, ignored):
     x, y = torch.randn(N, C), torch.arange(N)
     y[torch.rand(N) < ignored] = -100
     assert x.nbytes > 32 << 20
-    lse, step = stats(x, y).lse, N // 18
-    expected = torch.cat([grad(x[i : i + step], y[i : i + step], *[lse[i : i + step]] * 3) for i in range(0, N, step)])
+    found, step = stats(x, y)[:3], N // 18
+    expected = []
+    for rows in (slice(i, i + step) for i in range(0, N, step)):
+        part = [stat[rows] for stat in found]
+        expected.append(grad(x[rows], y[rows], part, *part[1:]))
+    expected = torch.cat(expected)
     assert torch.equal(expected.eq(0).all(1), y == -100)
     for out in (None, torch.full_like(x, float("nan")), x):
-        assert torch.equal(grad(x, y, lse, lse, lse, out=out), expected)
+        assert torch.equal(grad(x, y, found, *found[1:], out=out), expected)
 
 
 @pytest.mark.slow
@@ -191,13 +194,13 @@ def test_more_than_2_to_the_31_logits():
     y = torch.arange(N) % C
     y[N - 2] = -100
     found = stats(x, y)
-    lse = torch.cat([common, last]).double().logsumexp(1)
-    assert (found.lse[:-2] - lse[0]).abs().max() < 1e-5
-    assert (found.lse[-1] - lse[1]).abs() < 1e-5
-    assert torch.equal(found.picked[:-2], common[0, y[:-2]].double())
-    assert found.picked[-1] == last[0, y[-1]]
+    for rows, logits in (slice(-2), common), (slice(-1, None), last):
+        u = logits.double() - logits.max()
+        assert torch.equal(found.top[rows], logits.max().double().expand(len(found.top[rows])))
+        assert (found.lse[rows] - u.logsumexp(1)).abs().max() < 1e-6
+        assert torch.equal(found.picked[rows], u[0, y[rows]])
     g = torch.ones(N, dtype=torch.float64)
-    assert grad(x, y, found.lse, g, -g, out=x) is x
+    assert grad(x, y, found, g, -g, out=x) is x
     for row, logits in [(0, common), (N // 2, common), (N - 3, common), (N - 1, last)]:
         truth = torch.softmax(logits.double(), 1)[0]
         truth[y[row]] -= 1

@@ -10,11 +10,10 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
-from oracle import EVERYTHING, Options, Truth, assert_stats, every_dtype, rows, truth_for, upstream
+from oracle import EVERYTHING, Options, assert_stats, each, every_dtype, grad_of, rows, stats_of, truth_for, upstream
 from torch import Tensor
 
-from xent._backends import compute_dtype
-from xent._primitives import logits_grad, lse_and_pick
+from xent._records import Upstream, Wanted, compute_dtype
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -40,13 +39,12 @@ def test_any_strides(layout: str, dtype: torch.dtype, ignored: bool) -> None:
     assert not x.is_contiguous()
     keep = torch.arange(len(x)) % 4 > 0 if ignored else torch.ones(len(x), dtype=torch.bool)
     y = y.where(keep, -100)
-    got = lse_and_pick(x, y, **EVERYTHING)
+    got = stats_of(x, y, EVERYTHING)
     truth = truth_for(x, y)
-    counted = Truth(*[stat if stat is None else stat[keep] for stat in got])
-    assert_stats(counted, Truth(*[stat[keep] for stat in truth]), x, y)
+    assert_stats(each(lambda stat: stat[keep], got), each(lambda stat: stat[keep], truth), x, y)
     g = upstream(len(x))
-    expected = oracle.gradient(x, y, truth.lse, g) * keep[:, None]
-    grad = logits_grad(x, y, got.lse, **g)
+    expected = oracle.gradient(x, y, truth, g) * keep[:, None]
+    grad = grad_of(x, y, got, g)
     assert grad.is_contiguous()
     oracle.assert_grad(grad, expected, y)
 
@@ -56,23 +54,22 @@ def test_any_strides(layout: str, dtype: torch.dtype, ignored: bool) -> None:
 def test_probabilities_of_any_strides(layout: str, dtype: torch.dtype) -> None:
     x, q = rows(dtype, soft=True)
     view = LAYOUTS[layout](q)
-    plain, strided = lse_and_pick(x, q), lse_and_pick(x, view)
+    plain, strided = stats_of(x, q), stats_of(x, view)
     torch.testing.assert_close(strided.picked, plain.picked)
     torch.testing.assert_close(strided.mass, plain.mass)
     g = upstream(len(x))
-    torch.testing.assert_close(logits_grad(x, view, plain.lse, **g), logits_grad(x, q, plain.lse, **g))
+    torch.testing.assert_close(grad_of(x, view, plain, g), grad_of(x, q, plain, g))
 
 
 def test_index_targets_of_any_strides() -> None:
     x, y = rows(torch.float32)
     wide = torch.full((len(y), 2), 10**9)
     wide[:, 1] = y
-    lse = lse_and_pick(x, y).lse
-    g = upstream(len(x))
-    assert lse_and_pick(x, wide[:, 1]).picked.equal(lse_and_pick(x, y).picked)
-    assert logits_grad(x, wide[:, 1], lse, **g).equal(logits_grad(x, y, lse, **g))
+    stats, g = stats_of(x, y), upstream(len(x))
+    assert stats_of(x, wide[:, 1]).picked.equal(stats.picked)
+    assert grad_of(x, wide[:, 1], stats, g).equal(grad_of(x, y, stats, g))
     same = y[:1].expand_as(y)
-    assert lse_and_pick(x, same).picked.equal(lse_and_pick(x, same.clone()).picked)
+    assert stats_of(x, same).picked.equal(stats_of(x, same.clone()).picked)
 
 
 @ignoring
@@ -85,13 +82,13 @@ def test_in_place_equals_fresh(layout: str, reading: Options, soft: bool, dtype:
     x, target = rows(dtype, soft=soft)
     if ignored and not soft:
         target[::4] = -100
-    lse, g = lse_and_pick(x, target, **reading).lse, upstream(len(x))
-    fresh = logits_grad(x, target, lse, **g, **reading)
+    stats, g = stats_of(x, target, **reading), upstream(len(x))
+    fresh = grad_of(x, target, stats, g, **reading)
     own = x.clone() if layout == "contiguous" else LAYOUTS[layout](x)
-    assert logits_grad(own, target, lse, **g, **reading, out=own).data_ptr() == own.data_ptr()
+    assert grad_of(own, target, stats, g, out=own, **reading).data_ptr() == own.data_ptr()
     assert own.equal(fresh)
     other = torch.full_like(own, torch.nan)
-    logits_grad(x, target, lse, **g, **reading, out=other)
+    grad_of(x, target, stats, g, out=other, **reading)
     assert other.equal(fresh)
 
 
@@ -106,11 +103,11 @@ def test_inputs_are_never_written_to(soft: bool, dtype: torch.dtype, ignored: bo
         torch.rand(x.shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32),
         upstream(len(x)),
     )
-    lse = truth_for(x, target).lse
-    inputs = [x, target, weight, lse, *g.values()]
+    truth = truth_for(x, target)
+    inputs = [x, target, weight, truth.top, truth.lse, *g]
     before = [tensor.clone() for tensor in inputs]
-    lse_and_pick(x, target, class_weight=weight, **EVERYTHING)
-    logits_grad(x, target, lse, **g, class_weight=weight)
+    stats_of(x, target, EVERYTHING, weight)
+    grad_of(x, target, truth, g, weight)
     assert all(new.equal(old) for new, old in zip(inputs, before, strict=True))
 
 
@@ -123,24 +120,24 @@ def test_ignored_rows_are_not_read(ignore_index: int, poison: float, dtype: torc
     y = y.where(y != ignore_index, 1)
     y[[0, 6, -1]] = ignore_index
     x[[0, 6, -1]] = poison
-    got = lse_and_pick(x, y, ignore_index=ignore_index, **EVERYTHING)
-    grad = logits_grad(x, y, got.lse, **upstream(len(x)), ignore_index=ignore_index)
+    got = stats_of(x, y, EVERYTHING, ignore_index=ignore_index)
+    grad = grad_of(x, y, got, upstream(len(x)), ignore_index=ignore_index)
     ignored = y == ignore_index
-    for stat in (got.lse, got.picked, got.wsum, got.entropy, grad):
+    for stat in (got.top, got.lse, got.picked, got.wsum, got.entropy, grad):
         assert not stat[ignored].any()
     assert (got.argmax[ignored] == -1).all()
-    alone = {name: row[~ignored] for name, row in upstream(len(x)).items()}
+    alone = each(lambda row: row[~ignored], upstream(len(x)))
     truth = truth_for(x[~ignored], y[~ignored])
-    torch.testing.assert_close(got.lse[~ignored], truth.lse)
-    oracle.assert_grad(grad[~ignored], oracle.gradient(x[~ignored], y[~ignored], truth.lse, alone), y[~ignored])
+    assert_stats(each(lambda stat: stat[~ignored], got), truth, x, y)
+    oracle.assert_grad(grad[~ignored], oracle.gradient(x[~ignored], y[~ignored], truth, alone), y[~ignored])
     own = x.clone()
-    assert logits_grad(own, y, got.lse, **upstream(len(x)), ignore_index=ignore_index, out=own).equal(grad)
+    assert grad_of(own, y, got, upstream(len(x)), ignore_index=ignore_index, out=own).equal(grad)
 
 
 # Rows of 1024 float32 logits are one or more whole pages of memory; those that are ignored may not be looked at.
 NEVER_READ = """
 import ctypes, mmap, torch
-from xent._primitives import logits_grad, lse_and_pick
+from oracle import EVERYTHING, grad_of, stats_of, upstream
 N, row = 8, max(mmap.PAGESIZE, 4096)
 pages = mmap.mmap(-1, N * row)
 x = torch.frombuffer(pages, dtype=torch.float32).view(N, row // 4)
@@ -151,8 +148,7 @@ protect = ctypes.CDLL(None).mprotect
 protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 for n in (0, 3, 4, 7):
     assert protect(x[n].data_ptr(), row, 0) == 0
-stats = lse_and_pick(x, y, want_wsum=True, want_entropy=True, want_argmax=True)
-grad = logits_grad(x, y, stats.lse, stats.lse, stats.lse, stats.lse, stats.lse)
+grad = grad_of(x, y, stats_of(x, y, EVERYTHING), upstream(N))
 print(grad.count_nonzero(1).bool().tolist())
 """
 
@@ -174,11 +170,11 @@ def test_block_of_minus_infinity(dtype: torch.dtype, end: str, block: int) -> No
     masked = slice(None, block) if end == "first" else slice(-block, None)
     x[:, masked] = -torch.inf
     y = torch.tensor([block, block + 39, block + 7]) if end == "first" else torch.tensor([0, 39, 7])
-    got = lse_and_pick(x, y, want_entropy=True, want_argmax=True)
+    got = stats_of(x, y, Wanted(entropy=True, argmax=True))
     assert_stats(got, truth_for(x, y), x, y)
-    g = upstream(3, ("g_lse", "g_picked", "g_entropy"))
-    grad = logits_grad(x, y, got.lse, **g)
-    oracle.assert_grad(grad, oracle.gradient(x, y, got.lse, g), y)
+    g = upstream(3, wsum=False)
+    grad = grad_of(x, y, got, g)
+    oracle.assert_grad(grad, oracle.gradient(x, y, got, g), y)
     assert not grad[:, masked].any()
 
 
@@ -186,26 +182,26 @@ def test_block_of_minus_infinity(dtype: torch.dtype, end: str, block: int) -> No
 def test_minus_infinity_at_the_target(dtype: torch.dtype) -> None:
     x, y = rows(dtype)
     x[4, y[4]] = -torch.inf
-    got = lse_and_pick(x, y)
+    got = stats_of(x, y)
     assert got.picked[4] == -torch.inf
-    g = upstream(len(x), ("g_lse", "g_picked"))
-    oracle.assert_grad(logits_grad(x, y, got.lse, **g), oracle.gradient(x, y, got.lse, g), y)
+    g = upstream(len(x), wsum=False, entropy=False)
+    oracle.assert_grad(grad_of(x, y, got, g), oracle.gradient(x, y, got, g), y)
 
 
 @every_dtype
 def test_rows_that_have_no_finite_lse(dtype: torch.dtype) -> None:
     """A whole row of -inf has log 0; a +inf or NaN that counts makes NaN; the rows beside them are what they were."""
     x, y = rows(dtype)
-    clean = lse_and_pick(x, y)
+    clean = stats_of(x, y)
     x[2], x[5, 1], x[7, -1] = -torch.inf, torch.inf, torch.nan
-    got = lse_and_pick(x, y, **EVERYTHING)
+    got = stats_of(x, y, EVERYTHING)
     assert got.lse[2] == -torch.inf
-    assert got.argmax[2] == 0
+    assert got.top[2] == got.argmax[2] == 0
     assert got.lse[[5, 7]].isnan().all()
     others = [0, 1, 3, 4, 6, *range(8, 13)]
-    assert got.lse[others].equal(clean.lse[others])
+    assert all(now[others].equal(before[others]) for now, before in zip(got[:3], clean, strict=False))
     g = upstream(len(x))
-    grad = logits_grad(x, y, got.lse, **g)
+    grad = grad_of(x, y, got, g)
     assert grad[[5, 7]].isnan().any(1).all()
     assert grad[others].isfinite().all()
 
@@ -218,37 +214,55 @@ def test_coefficient_of_zero_at_an_infinite_logit(dtype: torch.dtype, weighted: 
     x[:, 3] = -torch.inf
     weight = torch.ones(37, dtype=compute_dtype(x))
     (weight if weighted else q.t())[3] = 0
-    got = lse_and_pick(x, q, class_weight=weight, want_wsum=weighted)
+    got = stats_of(x, q, Wanted(wsum=weighted), weight)
     truth = truth_for(x, q, weight)
     assert truth.picked.isfinite().all()
     assert_stats(got, truth, x, q)
 
 
-@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("offset", [1e4, -1e4, 1e12, -1e30])
 def test_common_offset(offset: float) -> None:
-    """float32 holds 1e4 in steps of 0.001, and still the loss is exact to 1e-6: nothing rounds between the logits and
-    the difference of two statistics."""
+    """Far from 0 a dtype has few numbers, and none of their digits is lost: all statistics are relative to the top."""
     x, y = rows(torch.float32)
-    x = x + offset
-    got, truth = lse_and_pick(x, y, **EVERYTHING), truth_for(x, y)
-    torch.testing.assert_close(got.lse - got.picked, truth.lse - truth.picked, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(37 * got.lse - got.wsum, 37 * truth.lse - truth.wsum, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.entropy, truth.entropy, rtol=1e-6, atol=1e-6)
+    step = torch.finfo(torch.float32).eps * abs(offset)
+    x = x * max(1, step) + offset
+    got, truth = stats_of(x, y, EVERYTHING), truth_for(x, y)
+    assert got.top.equal(x.amax(1).double())
+    assert_stats(got, truth, x, y, slack=0.25)
     g = upstream(len(x))
-    oracle.assert_grad(logits_grad(x, y, got.lse, **g), oracle.gradient(x, y, truth.lse, g), y)
+    oracle.assert_grad(grad_of(x, y, got, g), oracle.gradient(x, y, truth, g), y)
+
+
+@pytest.mark.parametrize("level", ["min", "max"])
+@every_dtype
+def test_the_ends_of_the_range(dtype: torch.dtype, level: str) -> None:
+    """A row full of the lowest or of the highest number has lse = log C, and a gradient of 1/C - one-hot."""
+    x = torch.full((3, 37), getattr(torch.finfo(dtype), level), dtype=dtype)
+    y = torch.tensor([0, 36, 5])
+    got = stats_of(x, y, EVERYTHING)
+    assert got.top.equal(x[:, 0].double())
+    assert not got.picked.any()
+    assert not got.wsum.any()
+    log_c = torch.full((3,), 37.0, dtype=torch.float64).log()
+    torch.testing.assert_close((got.lse, got.entropy), (log_c, log_c), rtol=1e-7, atol=0)
+    g = upstream(3)
+    oracle.assert_grad(grad_of(x, y, got, g), oracle.gradient(x, y, truth_for(x, y), g), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_huge_finite_logits(dtype: torch.dtype) -> None:
     x = torch.tensor([[1e30, 0, -1e30], [1e30, 1e30, -1e30], [-1e30, -1e30, -1e30]], dtype=dtype)
     y = torch.tensor([0, 1, 2])
-    got = lse_and_pick(x, y, want_entropy=True, want_argmax=True)
-    ones = torch.ones(3, dtype=torch.float64)
-    expected = torch.tensor([0, 0, 0], dtype=torch.float64)  # beside 1e30, log 2 and log 3 have no digits
-    torch.testing.assert_close(got.lse - got.picked, expected)
-    torch.testing.assert_close(got.entropy, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log())
+    got = stats_of(x, y, EVERYTHING)
+    assert_stats(got, truth_for(x, y), x, y)
+    log = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).log()
+    torch.testing.assert_close((got.lse - got.picked, got.entropy), (log, log))
     assert got.argmax.tolist() == [0, 0, 0]
-    assert logits_grad(x, y, got.lse, ones, -ones)[0].tolist() == [0, 0, 0]
+    ones = torch.ones(3).double()
+    g = Upstream(ones, -ones)
+    grad = grad_of(x, y, got, g)
+    assert grad[0].tolist() == [0, 0, 0]
+    oracle.assert_grad(grad, oracle.gradient(x, y, truth_for(x, y), g), y)
 
 
 @every_dtype
@@ -258,11 +272,12 @@ def test_confident_target_keeps_its_bits(dtype: torch.dtype, in_place: bool) -> 
     x = torch.zeros(4, 8, dtype=dtype)
     y = torch.tensor([0, 3, 6, 7])
     x[torch.arange(4), y] = 11
-    lse, ones = truth_for(x, y).lse, torch.ones(4).double()
-    truth = oracle.gradient(x, y, lse, {"g_lse": ones, "g_picked": -ones})
+    stats, ones = truth_for(x, y), torch.ones(4).double()
+    g = Upstream(ones, -ones)
+    truth = oracle.gradient(x, y, stats, g)
     at_target = truth.gather(1, y[:, None])
     assert (at_target.abs() < torch.finfo(torch.float16).eps / 2).all(), "or there is nothing to see"
-    got = logits_grad(x, y, lse, ones, -ones, out=x if in_place else None).gather(1, y[:, None])
+    got = grad_of(x, y, stats, g, out=x if in_place else None).gather(1, y[:, None])
     relative = (got.double() / at_target - 1).abs().max()
     assert relative < max(1e-3, torch.finfo(dtype).eps)  # of p - 1, though p itself is in float32
 
@@ -271,14 +286,14 @@ def test_confident_target_keeps_its_bits(dtype: torch.dtype, in_place: bool) -> 
 def test_lowest_of_equal_scores(dtype: torch.dtype) -> None:
     x = torch.zeros(4, 5000, dtype=dtype)
     x[1, [17, 18, 4999]] = x[2, [4998, 4999]] = x[3, [0, 2500]] = 2
-    got = lse_and_pick(x, torch.zeros(4, dtype=torch.int64), want_argmax=True)
+    got = stats_of(x, torch.zeros(4, dtype=torch.int64), Wanted(argmax=True))
     assert got.argmax.tolist() == [0, 17, 4998, 0]
 
 
 @every_dtype
 def test_a_target_in_another_shard_has_no_entry_here(dtype: torch.dtype) -> None:
     x, y = rows(dtype)
-    zero, ones = torch.zeros(len(x)).double(), torch.ones(len(x)).double()
+    ones = torch.ones(len(x)).double()
     for start in (-37, 37, 1000):
-        assert not logits_grad(x, y, zero, zero, ones, start=start).any()
-    assert not lse_and_pick(x, y, start=37, classes=100).picked.any()
+        assert not grad_of(x, y, truth_for(x, y), Upstream(0 * ones, ones), start=start).any()
+    assert not stats_of(x, y, start=37, classes=100).picked.any()

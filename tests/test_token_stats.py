@@ -28,7 +28,7 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def truth_for(x: Tensor, y: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> oracle.Truth:
     """Statistics of each position, each of the target's shape."""
     z = oracle.scores(x, logit_scale, softcap).reshape(-1, 7)
-    return oracle.Truth(*[stat.view(3, 5) for stat in oracle.statistics(z, y.reshape(-1))])
+    return oracle.each(lambda stat: stat.view(3, 5), oracle.statistics(z, y.reshape(-1)))
 
 
 @every_dtype
@@ -39,7 +39,7 @@ def test_values(reading: Options, dtype: torch.dtype) -> None:
     keep = y != -100
     expected = {
         "log_prob": (truth.picked - truth.lse).where(keep, 0),
-        "lse": truth.lse.where(keep, 0),
+        "lse": (truth.top + truth.lse).where(keep, 0),
         "entropy": truth.entropy.where(keep, 0),
     }
     for name, value in expected.items():
@@ -63,7 +63,8 @@ def test_gradients(name: str, reading: Options, dtype: torch.dtype) -> None:
 
     def truth(x: Tensor) -> Tensor:
         stats = truth_for(x, y, **reading)
-        return {"log_prob": stats.picked - stats.lse, "lse": stats.lse, "entropy": stats.entropy}[name] * (y != -100)
+        values = {"log_prob": stats.picked - stats.lse, "lse": stats.top + stats.lse, "entropy": stats.entropy}
+        return values[name] * (y != -100)
 
     _, grad = loss_and_grad(lambda x: getattr(xent.token_stats(x, y, entropy=name == "entropy", **reading), name), x)
     oracle.assert_grad(grad, loss_and_grad(truth, x.double())[1], y)
@@ -164,7 +165,8 @@ def test_entropy_bonus_and_z_loss_together() -> None:
 
     def truth(x: Tensor) -> Tensor:
         stats = truth_for(x, y)
-        return total(tuple((stat * (y != -100)) for stat in (stats.picked - stats.lse, stats.lse, stats.entropy)))
+        values = (stats.picked - stats.lse, stats.top + stats.lse, stats.entropy)
+        return total(tuple(stat * (y != -100) for stat in values))
 
     torch.testing.assert_close(
         loss_and_grad(lambda x: total(xent.token_stats(x, y, entropy=True)[:3]), x), loss_and_grad(truth, x)

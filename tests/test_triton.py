@@ -15,16 +15,16 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from oracle import EVERYTHING, assert_stats, every_dtype, rows, truth_for, upstream
+from oracle import EVERYTHING, assert_stats, every_dtype, grad_of, rows, stats_of, truth_for, upstream
 
 from xent import _primitives
-from xent._primitives import logits_grad, lse_and_pick
 
 if _primitives.FORCED != "triton":  # where it is asked for and missing, that is a failure
     pytest.importorskip("triton")
 
 from xent._backends import triton as backend
 from xent._backends import triton_plan as plan
+from xent._records import Wanted
 
 interpreted = pytest.mark.skipif(
     not (backend.INTERPRETED and _primitives.FORCED == "triton"), reason="needs TRITON_INTERPRET=1 XENT_BACKEND=triton"
@@ -33,11 +33,11 @@ interpreted = pytest.mark.skipif(
 
 def agree(x: torch.Tensor, target: torch.Tensor, out: torch.Tensor | None = None) -> None:
     """Both primitives, all of their results, against the truth."""
-    got, truth = lse_and_pick(x, target, **EVERYTHING), truth_for(x, target)
+    got, truth = stats_of(x, target, EVERYTHING), truth_for(x, target)
     assert_stats(got, truth, x, target)
     g = upstream(len(x))
-    expected = oracle.gradient(x, target, truth.lse, g)
-    grad = logits_grad(x, target, got.lse, **g, out=out)
+    expected = oracle.gradient(x, target, truth, g)
+    grad = grad_of(x, target, got, g, out=out)
     oracle.assert_grad(grad, expected, None if target.is_floating_point() else target, slack=2)
 
 
@@ -90,16 +90,16 @@ def test_rows_in_parts(processors: int, soft: bool, monkeypatch: pytest.MonkeyPa
     x[2, :20000] = -torch.inf
     if soft:
         target = target.masked_fill(x == -torch.inf, 0)
-        got, truth = lse_and_pick(x, target, want_entropy=True, want_argmax=True), truth_for(x, target)
+        got, truth = stats_of(x, target, Wanted(entropy=True, argmax=True)), truth_for(x, target)
         assert_stats(got, truth, x, target)
         return
     target = torch.tensor([x.shape[1] - 1, 5000, 20001])
-    got, truth = lse_and_pick(x, target, want_entropy=True, want_argmax=True), truth_for(x, target)
+    got, truth = stats_of(x, target, Wanted(entropy=True, argmax=True)), truth_for(x, target)
     assert_stats(got, truth, x, target)
     assert got.argmax is not None
     assert got.argmax[1] == 5000
-    g = upstream(3, ("g_lse", "g_picked", "g_entropy"))
-    oracle.assert_grad(logits_grad(x, target, got.lse, **g), oracle.gradient(x, target, truth.lse, g), target)
+    g = upstream(3, wsum=False)
+    oracle.assert_grad(grad_of(x, target, got, g), oracle.gradient(x, target, truth, g), target)
 
 
 @interpreted
@@ -107,20 +107,21 @@ def test_rows_in_parts(processors: int, soft: bool, monkeypatch: pytest.MonkeyPa
 def test_softcap_near_zero(dtype: torch.dtype) -> None:
     """Relative to the score itself, where (1 - e) / (1 + e) alone would have lost its digits; and across the seam."""
     x = torch.tensor([1e-6, -1e-4, 0.01, -0.3, 1.79, 1.81, 5, -80, 0], dtype=dtype)[:, None].repeat(1, 3)
-    got = lse_and_pick(x, torch.ones(len(x), dtype=torch.int64), softcap=3.0).picked
-    assert got is not None
-    torch.testing.assert_close(got, 3 * (x[:, 1].double() / 3).tanh(), rtol=oracle.TOLERANCE[dtype], atol=0)
+    got = stats_of(x, torch.ones(len(x), dtype=torch.int64), softcap=3.0)
+    assert not got.picked.any()
+    torch.testing.assert_close(got.top, 3 * (x[:, 1].double() / 3).tanh(), rtol=oracle.TOLERANCE[dtype], atol=0)
 
 
 @interpreted
 def test_peak_at_the_end_of_the_range() -> None:
     """From the lowest number to such a peak is farther than float32 reaches; empty sums that move there stay 0."""
     x = torch.tensor([[3e38, 0.0]])
-    got = lse_and_pick(x, torch.tensor([0]), **EVERYTHING)
+    got = stats_of(x, torch.tensor([0]), EVERYTHING)
     assert got.wsum is not None
     assert got.entropy is not None
-    assert got.lse.item() == got.picked.item() == x[0, 0].item()
-    assert got.wsum.item() == pytest.approx(3e38)
+    assert got.top.item() == x[0, 0].item()
+    assert got.lse.item() == got.picked.item() == 0
+    assert got.wsum.item() == pytest.approx(-3e38)
     assert got.entropy.item() == 0
 
 
@@ -147,7 +148,7 @@ def test_target_out_of_range(wrong: int, dtype: torch.dtype) -> None:
     x, y = rows(dtype)
     y[7] = wrong
     with pytest.raises(IndexError, match=rf"\[0, 37\).*got {wrong} \(row 7 of 13\)"):
-        lse_and_pick(x, y)
+        stats_of(x, y)
 
 
 @interpreted
@@ -157,11 +158,11 @@ def test_the_flag_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "assert_on_device", lambda flag, *_: flags.append(flag))
     monkeypatch.setattr(backend, "_on_device", lambda logits: True)
     x, y = rows(torch.float32)
-    lse_and_pick(x, y)
+    stats_of(x, y)
     y[3] = 37
-    lse_and_pick(x, y)
+    stats_of(x, y)
     y[3] = -100
-    lse_and_pick(x, y)
+    stats_of(x, y)
     assert [bool(flag) for flag in flags] == [True, False, True]
 
 

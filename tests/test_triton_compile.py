@@ -27,6 +27,7 @@ from triton.runtime.jit import mangle_type
 
 from xent._backends import triton as backend
 from xent._backends.triton_plan import TILE, WARPS
+from xent._records import RowSpec, Upstream, Wanted
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -35,7 +36,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300
 }
 every_target = pytest.mark.parametrize("target", TARGETS)
-KERNELS = ("lse_and_pick_kernel", "combine_kernel", "logits_grad_kernel")
+KERNELS = ("row_statistics_kernel", "combine_kernel", "row_gradient_kernel")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -103,16 +104,15 @@ class Case(NamedTuple):
         target = torch.empty((N, C) if soft else (N,), dtype=self.target)
         w = torch.empty(C, dtype=DOUBLE if self.dtype == DOUBLE else FLOAT) if self.weight else None
         numbers = torch.empty(N, dtype=DOUBLE)
-        reading: dict[str, Any] = {"start": 0, "ignore_index": -100, "scale": self.scale, "softcap": self.softcap}
+        spec = RowSpec(scale=self.scale, softcap=self.softcap, classes=C)
+        wanted = Wanted(self.smoothing, self.everything, self.everything)
+        g = [numbers if yes else None for yes in (True, True, wanted.wsum, wanted.entropy)]
         caught: list[Launch] = []
         with pytest.MonkeyPatch.context() as patch:
             for name in KERNELS:
                 patch.setattr(backend, name, Catcher(getattr(backend, name), caught))
-            more = {f"want_{name}": self.everything for name in ("entropy", "argmax")}
-            backend.lse_and_pick(x, target, classes=C, class_weight=w, want_wsum=self.smoothing, **more, **reading)
-            g_wsum, g_entropy = numbers if self.smoothing else None, numbers if self.everything else None
-            g = (numbers, numbers, numbers, g_wsum, g_entropy)
-            backend.logits_grad(x, target, *g, class_weight=w, out=None, **reading)
+            backend.row_statistics(x, target, spec, wanted, w)
+            backend.row_gradient(x, target, numbers, numbers, Upstream(*g), spec, w, None)
         return caught
 
 
@@ -237,7 +237,7 @@ def test_options(case: Case, forward: tuple[int, ...], backward: tuple[int, ...]
         assert reading.shared <= SHARED
         if launch.kernel.__name__ == "combine_kernel":
             continue
-        expected = forward if launch.kernel.__name__ == "lse_and_pick_kernel" else backward
+        expected = forward if launch.kernel.__name__ == "row_statistics_kernel" else backward
         counts = reading.wide, reading.narrow, reading.stores, reading.others
         assert counts == tuple(n * count for count in expected)
 
@@ -282,7 +282,8 @@ def test_arithmetic_keeps_up_with_memory(dtype: torch.dtype, target: str) -> Non
     logits = per_thread(target) * 16 // dtype.itemsize
     for launch, most in zip(Case(dtype, ODD).launches(), INSTRUCTIONS[dtype], strict=True):
         kernel = launch.compile(target)
-        rescaling = per_thread(target) if launch.kernel.__name__ == "lse_and_pick_kernel" else 0  # one for each vector
+        forward = launch.kernel.__name__ == "row_statistics_kernel"
+        rescaling = per_thread(target) if forward else 0  # one for each vector
         assert read(kernel, target).exps == logits + rescaling
         assert kernel.asm["ptx"].count("ex2.approx.ftz.f32") == kernel.asm["ptx"].count("ex2.")
         assert instructions(kernel.asm["cubin"]) / logits <= most

@@ -26,79 +26,51 @@ logits of its row, autograd knows from `RowStats`. Higher derivatives follow, wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _ops, _primitives
-from ._backends import Reading, Stats, scores, split
-from ._derivatives import Rows, gradient_jvp, gradient_vjp, gradient_vjp_by_blocks, linearise, stats_jvp
-
-
-class Wanted(NamedTuple):
-    """Which of the optional statistics to compute, and whether backward may write over the logits."""
-
-    wsum: bool = False
-    entropy: bool = False
-    argmax: bool = False
-    inplace: bool = False
+from . import _ops, _torch
+from ._derivatives import (
+    Rows,
+    coefficient_gradient,
+    gradient_jvp,
+    gradient_vjp,
+    gradient_vjp_by_blocks,
+    linearise,
+    stats_jvp,
+)
+from ._records import RowSpec, Stats, Upstream, Wanted
 
 
 def row_stats(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    reading: Reading,
-    wanted: Wanted,
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: RowSpec, wanted: Wanted, inplace: bool = False
 ) -> Stats:
-    """Differentiable `Stats` of the rows (N, C)."""
-    found = iter(apply(RowStats, RowStatsForwardMode, logits, target, class_weight, reading, wanted))
-    asked = (
-        True,
-        True,
-        target.is_floating_point(),
-        wanted.wsum,
-        wanted.entropy,
-        wanted.argmax,
-    )
-    return Stats(*[next(found) if yes else None for yes in asked])  # type: ignore[arg-type]
-
-
-def watched(logits: Tensor) -> bool:
-    """Whether a compiler, a transform of torch.func, forward mode or a kind of Tensor of its own looks on."""
-    return (
-        _ops.observed(logits)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_functorch_wrapped_tensor(logits)  # left over from a transform that has ended
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    """Differentiable `Stats` of the rows (N, C); with `inplace`, backward may write over the logits."""
+    found = apply(RowStats, RowStatsForwardMode, logits, target, class_weight, spec, wanted, inplace)
+    return wanted.unpack(found, target.is_floating_point())
 
 
 def apply(function: type[torch.autograd.Function], with_jvp: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply`, by way of whoever looks on. `with_jvp` is the subclass that knows forward mode.
+    """`function.apply`; `with_jvp` is the subclass that knows forward mode, which Dynamo refuses.
 
-    Where nobody looks on, most of the cost of a small loss is saved: a backward that is not itself recorded needs no
-    Function around its work, and torch would bind the arguments to the signature of `forward` by inspection, to fill
-    in defaults that there are none of here.
+    A backward that is not itself recorded needs no Function around its work.
     """
-    if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp
+    if torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
-    if torch._C._are_functorch_transforms_active():
-        levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-        if levels.count(torch._C._functorch.TransformType.Jvp) > 1:
+    if transforms := _torch.transforms():
+        if transforms.count(_torch.TransformType.Jvp) > 1:
             raise NotImplementedError(
                 "forward mode over forward mode: torch gives a custom Function zero tangents there; "
                 "take one of the two derivatives in reverse mode, as torch.func.hessian does"
             )
         return with_jvp.apply(*args)  # type: ignore[no-untyped-call]
-    if torch._C._functorch.is_functorch_wrapped_tensor(args[0]):
-        args = torch._functorch.utils.unwrap_dead_wrappers(args)
-    if torch.autograd.forward_ad._current_level >= 0:
+    if _torch.forward_mode_is_on():
         function = with_jvp
     elif not torch.is_grad_enabled():
         return function.forward(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return _torch.call_function(function, *args)
 
 
 def fold(batch: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -123,43 +95,24 @@ class RowStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor,
-        target: Tensor,
-        class_weight: Tensor | None,
-        reading: Reading,
-        wanted: Wanted,
+        logits: Tensor, target: Tensor, class_weight: Tensor | None, spec: RowSpec, wanted: Wanted, inplace: bool
     ) -> tuple[Tensor, ...]:
-        primitives = _ops if _ops.observed(logits) else _primitives
-        stats = primitives.lse_and_pick(
-            logits,
-            target,
-            start=reading.start,
-            classes=reading.classes,
-            ignore_index=reading.ignore_index,
-            scale=reading.scale,
-            softcap=reading.softcap,
-            class_weight=class_weight,
-            want_wsum=wanted.wsum,
-            want_entropy=wanted.entropy,
-            want_argmax=wanted.argmax,
-        )
-        return tuple(stat for stat in stats if stat is not None)
+        return tuple(_ops.row_statistics(logits, target, spec, wanted, class_weight).pack())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, class_weight, ctx.reading, ctx.wanted = inputs
-        entropy = output[-1 - ctx.wanted.argmax] if ctx.wanted.entropy else None
-        if ctx.wanted.argmax:
-            ctx.mark_non_differentiable(output[-1])
+        logits, target, class_weight, ctx.spec, ctx.wanted, ctx.inplace = inputs
+        stats = ctx.wanted.unpack(output, target.is_floating_point())
+        ctx.mark_non_differentiable(stats.top, *[] if stats.argmax is None else [stats.argmax])
         ctx.set_materialize_grads(False)  # a statistic that nobody uses costs nothing in backward
-        ctx.save_for_backward(logits, target, class_weight, output[0], entropy)
+        ctx.save_for_backward(logits, target, class_weight, stats.top, stats.lse, stats.entropy)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         def gradient(*arguments: Any) -> Tensor:
             return apply(RowGrad, RowGradForwardMode, *arguments)  # type: ignore[no-any-return]
 
-        return *stats_backward(ctx, gradient, *grads), None, None
+        return *stats_backward(ctx, ctx.saved_tensors, gradient, grads), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -175,109 +128,89 @@ class RowStatsForwardMode(RowStats):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         RowStats.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*ctx.to_save)
+        stats = ctx.wanted.unpack(output, inputs[1].is_floating_point())
+        ctx.save_for_forward(*inputs[:3], stats.top, stats.lse, stats.entropy)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dq: Tensor | None, dw: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, target, class_weight, lse, entropy = ctx.saved_tensors
-        tangents = stats_jvp(Rows(logits, target, lse, class_weight, ctx.reading), dx, dq, dw, entropy)
+        logits, target, class_weight, top, lse, entropy = ctx.saved_tensors
+        tangents = stats_jvp(Rows(logits, target, top, lse, class_weight, ctx.spec), dx, dq, dw, entropy)
         if not ctx.wanted.wsum:
             tangents = tangents._replace(wsum=None)
-        return *[tangent for tangent in tangents if tangent is not None], *[None] * ctx.wanted.argmax
+        return None, *tangents.pack(), *[None] * ctx.wanted.argmax
 
 
 def stats_backward(
-    ctx: Any, gradient: Callable[..., Tensor], g_lse: Tensor | None, g_picked: Tensor | None, *more: Tensor | None
+    ctx: Any, saved: tuple[Any, ...], gradient: Callable[..., Tensor], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of logits, target and class weight; the logits' by `gradient`, as `RowGrad` has it."""
-    if all(g is None for g in (g_lse, g_picked, *more)):
-        return None, None, None
-    logits, target, class_weight, lse, entropy = ctx.saved_tensors[:5]
-    others = iter(more)
-    g_mass = next(others) if target.is_floating_point() else None
-    g_wsum = next(others) if ctx.wanted.wsum else None
-    g_entropy = next(others) if ctx.wanted.entropy else None
-    g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
-    g_picked = torch.zeros_like(lse) if g_picked is None else g_picked
+    """Gradients of logits, target and class weight; the logits' by `gradient`, as `RowGrad` has it.
 
+    `saved` is handed over, since a checkpoint allows only one look at the saved tensors.
+    """
+    if all(g is None for g in grads):
+        return None, None, None
+    logits, target, class_weight, top, lse, entropy = saved
+    g = ctx.wanted.unpack(grads, target.is_floating_point())
+    g = g._replace(
+        lse=torch.zeros_like(lse) if g.lse is None else g.lse,
+        picked=torch.zeros_like(lse) if g.picked is None else g.picked,
+    )
     d_logits = d_target = d_weight = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        d_target, d_weight = _coefficient_grads(ctx, g_mass, g_picked, g_wsum)
+        d_target, d_weight = _coefficient_grads(ctx, saved, g)
     if ctx.needs_input_grad[0]:
-        if g_entropy is not None:  # the part of the entropy's gradient that is one number per row
-            g_lse = g_lse - g_entropy * entropy
-        if ctx.wanted.inplace and torch.is_grad_enabled():
+        if ctx.inplace and torch.is_grad_enabled():
             raise RuntimeError(
                 "inplace_backward=True: the gradient replaces the logits, so it cannot be differentiated again; "
                 "use inplace_backward=False with create_graph=True and torch.func"
             )
-        upstream = (lse, g_lse, g_picked, g_wsum, g_entropy)
-        d_logits = gradient(logits, target, *upstream, class_weight, ctx.reading, ctx.wanted.inplace)
+        # Of the entropy's gradient, -p (log p + entropy), this part is one number per row.
+        g_lse = g.lse if g.entropy is None else g.lse - g.entropy * entropy
+        upstream = (g_lse, g.picked, g.wsum, g.entropy)
+        d_logits = gradient(logits, target, top, lse, *upstream, class_weight, ctx.spec, ctx.inplace)
     return d_logits, d_target, d_weight
 
 
-def _coefficient_grads(
-    ctx: Any, g_mass: Tensor | None, g_picked: Tensor, g_wsum: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of probability targets q and of the class weights w, which enter picked, mass and wsum linearly.
-
-    dq_c = w_c (g_mass + g_picked z_c), where z_c is measured from lse so that the large numbers cancel per row.
-    """
-    logits, q, w, lse, _ = ctx.saved_tensors[:5]
-    z = scores(logits, ctx.reading.scale, ctx.reading.softcap)
-    high, low = split(lse.detach(), z.dtype)
-    g = g_picked.to(z.dtype)[:, None]
-    level = lse.detach() * g_picked if g_mass is None else lse.detach() * g_picked + g_mass
-    d = (z - high - low) * g + level.to(z.dtype)[:, None]
+def _coefficient_grads(ctx: Any, saved: tuple[Any, ...], g: Stats) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of probability targets q and of the class weights w, which enter picked, mass and wsum linearly."""
+    logits, q, w, top, *_ = saved
+    d = coefficient_gradient(logits, top, g.picked, g.mass, ctx.spec)
     d_target = (d if w is None else d * w).to(q.dtype) if ctx.needs_input_grad[1] else None
     d_weight = None
     if ctx.needs_input_grad[2]:
         d_weight = (d * q).sum(0)
-        if g_wsum is not None:
-            d_weight = d_weight + (z * g_wsum.to(z.dtype)[:, None]).sum(0)
+        if g.wsum is not None:
+            d_weight = d_weight + coefficient_gradient(logits, top, g.wsum, None, ctx.spec).sum(0)
     return d_target, d_weight
 
 
 class RowGrad(torch.autograd.Function):
-    """The gradient of the logits from one upstream number per row and statistic, by `_primitives.logits_grad`."""
+    """The gradient of the logits from one upstream number per row and statistic, by `_primitives.row_gradient`."""
 
     @staticmethod
     def forward(
         logits: Tensor,
         target: Tensor,
+        top: Tensor,
         lse: Tensor,
         g_lse: Tensor,
         g_picked: Tensor,
         g_wsum: Tensor | None,
         g_entropy: Tensor | None,
         class_weight: Tensor | None,
-        reading: Reading,
+        spec: RowSpec,
         inplace: bool,
     ) -> Tensor:
         out = logits.detach() if inplace else None
-        primitives = _ops if _ops.observed(logits) else _primitives
-        d_logits: Tensor = primitives.logits_grad(
-            logits,
-            target,
-            lse,
-            g_lse,
-            g_picked,
-            g_wsum,
-            g_entropy,
-            start=reading.start,
-            ignore_index=reading.ignore_index,
-            scale=reading.scale,
-            softcap=reading.softcap,
-            class_weight=class_weight,
-            out=out,
-        )
+        upstream = Upstream(g_lse, g_picked, g_wsum, g_entropy)
+        d_logits = _ops.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out)
         if inplace:  # whoever saved the old values for backward finds out, as after any in-place operation
             torch.autograd.graph.increment_version(logits)
         return d_logits
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.reading, inplace = inputs
+        *tensors, ctx.spec, inplace = inputs
         if not inplace:  # then nothing is left to derive from; RowStats has refused to be asked
             ctx.save_for_backward(*tensors)
 
@@ -285,14 +218,14 @@ class RowGrad(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
         tensors, again = ctx.saved_tensors, torch.is_grad_enabled() or torch.compiler.is_compiling()
         if again:
-            return *gradient_vjp(*linearise(tensors, ctx.reading), v), None, None
-        return *gradient_vjp_by_blocks(tensors, ctx.reading, v), None, None
+            return *gradient_vjp(*linearise(tensors, ctx.spec), v), None, None
+        return *gradient_vjp_by_blocks(tensors, ctx.spec, v), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        refuse_mapped_weight(in_dims[7])
-        rows = fold(info.batch_size, in_dims[:7], args[:7])
-        found: Tensor = apply(RowGrad, RowGradForwardMode, *rows, *args[7:])
+        refuse_mapped_weight(in_dims[8])
+        rows = fold(info.batch_size, in_dims[:8], args[:8])
+        found: Tensor = apply(RowGrad, RowGradForwardMode, *rows, *args[8:])
         return found.view(info.batch_size, -1, found.shape[1]), 0
 
 
@@ -302,8 +235,8 @@ class RowGradForwardMode(RowGrad):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         RowGrad.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:9])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return gradient_jvp(*linearise(ctx.saved_tensors, ctx.reading), tangents[:8])
+        return gradient_jvp(*linearise(ctx.saved_tensors, ctx.spec), tangents[:9])

@@ -3,8 +3,8 @@
 For one block of n rows,
 
     logits = h W^T + b        (n, C), into one buffer that every block uses again
-    stats  = lse_and_pick(logits)                     then the formula of `_objective.py` on n numbers
-    G      = logits_grad(logits), in the same buffer
+    stats  = row_statistics(logits)                   then the formula of `_objective.py` on n numbers
+    G      = row_gradient(logits), in the same buffer
     dh     = G W              dW += G^T h             db += sum_n G
 
 `loss_and_grads` is for a mean or a sum: all of it in one go, since only the upstream gradient of the loss is missing,
@@ -23,17 +23,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _objective, _primitives
-from ._backends import Reading, Stats, advise_huge_pages, check_range, compute_dtype
-from ._products import add_outer, logits_of
+from . import _objective, _ops
+from ._backends import advise_huge_pages, check_range
+from ._derivatives import coefficient_gradient
+from ._products import add_outer, block_dtype, hidden_gradient, logits_of
+from ._records import RowSpec, Stats, Upstream, Wanted, compute_dtype
 
 Maybe = Tensor | None
+Needs = tuple[bool, bool, bool, bool]  # whether a gradient of (hidden, weight, bias, target) is wanted
+FEW = 1 << 18  # logits: what is made of so many at a time stays in the cache
 
 
 class Head(NamedTuple):
     """What a call has besides its rows and its head. `dtype` is that of the products (autocast's, where it is on)."""
 
-    reading: Reading
+    spec: RowSpec
     dtype: torch.dtype
     max_bytes: int
     shift: int = 0  #  T > 0: of each T rows the last does not count, and row n belongs to row n + 1 of the targets
@@ -42,11 +46,17 @@ class Head(NamedTuple):
     entropy: bool = False
     argmax: bool = False
 
+    @property
+    def wanted(self) -> Wanted:
+        """The optional statistics."""
+        return Wanted(self.label_smoothing > 0, self.entropy, self.argmax)
+
 
 class Block(NamedTuple):
     """Some rows, and where they come from."""
 
     rows: slice | Tensor
+    targets: slice | Tensor  # theirs: the next ones, where the targets are shifted
     hidden: Tensor  # (n, D)
     target: Tensor  # (n,) or (n, C)
     logits: Tensor  # (n, C), in the buffer that all blocks share
@@ -62,17 +72,18 @@ class Rows:
         N, C = len(hidden), len(weight)
         self.kept: Maybe = None
         if not target.is_floating_point():
-            check_range(target, head.reading.classes or C, head.reading.ignore_index)
-            counts = target != head.reading.ignore_index
+            check_range(target, head.spec.classes or C, head.spec.ignore_index)
+            counts = target != head.spec.ignore_index
             self.kept = None if counts.all() else counts.nonzero()[:, 0]
         elif head.shift:
             self.kept = torch.arange(N, device=hidden.device).view(-1, head.shift)[:, :-1].flatten()
         count = N if self.kept is None else len(self.kept)
-        per_row = C * head.dtype.itemsize + hidden.shape[1] * (head.dtype.itemsize + compute_dtype(weight).itemsize)
+        dtype = block_dtype(head.dtype, hidden.device)
+        per_row = C * dtype.itemsize + hidden.shape[1] * (head.dtype.itemsize + compute_dtype(weight).itemsize)
         number = max(1, math.ceil(count / max(1, head.max_bytes // max(1, per_row))))
         self.edges = [count * i // number for i in range(number + 1)]
         size = math.ceil(count / number)
-        self.buffer = advise_huge_pages(torch.empty(size, C, dtype=head.dtype, device=hidden.device))
+        self.buffer = advise_huge_pages(torch.empty(size, C, dtype=dtype, device=hidden.device))
 
     def __iter__(self) -> Iterator[Block]:
         """Each block with its logits. The same buffer again: a block ends where the next begins."""
@@ -83,71 +94,57 @@ class Rows:
             )
             h = self.hidden[rows].to(self.head.dtype)
             logits = logits_of(h, self.weight, self.bias, out=self.buffer[: end - begin])
-            yield Block(rows, h, self.target[targets], logits)
+            yield Block(rows, targets, h, self.target[targets], logits)
 
-    def stats(self, block: Block, class_weight: Maybe, wsum: bool) -> Stats:
+    def stats(self, block: Block, class_weight: Maybe) -> Stats:
         """The statistics of a block."""
-        reading, head = self.head.reading, self.head
-        return _primitives.lse_and_pick(
-            block.logits,
-            block.target,
-            start=reading.start,
-            classes=reading.classes,
-            ignore_index=reading.ignore_index,
-            scale=reading.scale,
-            softcap=reading.softcap,
-            class_weight=class_weight,
-            want_wsum=wsum,
-            want_entropy=head.entropy,
-            want_argmax=head.argmax,
-        )
+        head = self.head
+        return _ops.row_statistics(block.logits, block.target, head.spec, head.wanted, class_weight)
 
 
 class Grads:
-    """The gradients of hidden, weight and bias, as far as they are wanted, and how a block adds to them."""
+    """The gradients of hidden, weight, bias and target, as far as they are wanted, and how a block adds to them."""
 
-    def __init__(self, rows: Rows, needs: tuple[bool, bool, bool]) -> None:
-        """Rows that never come have a gradient of 0. The head's are summed in float32 (float64)."""
+    def __init__(self, rows: Rows, needs: Needs) -> None:
+        """Rows that never come have a gradient of 0. All but that of hidden are float32 (float64) until the end."""
         hidden, weight, dtype = rows.hidden, rows.weight, compute_dtype(rows.weight)
         self.rows = rows
         clear = torch.zeros if rows.kept is not None else torch.empty
         self.dh = clear(hidden.shape, dtype=rows.head.dtype, device=hidden.device) if needs[0] else None
         self.dW = torch.empty(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
         self.db = torch.zeros(len(weight), dtype=dtype, device=weight.device) if needs[2] else None
+        self.dq = clear(rows.target.shape, dtype=compute_dtype(rows.target), device=hidden.device) if needs[3] else None
         self.added = 0  # blocks
-        for large in (self.dh, self.dW):
+        for large in (self.dh, self.dW, self.dq):
             if large is not None:
                 advise_huge_pages(large)
 
-    def add(self, block: Block, lse: Tensor, class_weight: Maybe, upstream: tuple[Maybe, ...]) -> None:
-        """One block, whose logits are overwritten by their gradient. `upstream`: g_lse, g_picked, g_wsum, g_entropy."""
-        reading = self.rows.head.reading
-        G = _primitives.logits_grad(
-            block.logits,
-            block.target,
-            lse,
-            *upstream,  # type: ignore[arg-type]
-            start=reading.start,
-            ignore_index=reading.ignore_index,
-            scale=reading.scale,
-            softcap=reading.softcap,
-            class_weight=class_weight,
-            out=block.logits,
-        )
+    def add(
+        self, block: Block, top: Tensor, lse: Tensor, class_weight: Maybe, upstream: Upstream, g_mass: Maybe
+    ) -> None:
+        """One block, whose logits are overwritten by their gradient."""
+        x, spec = block.logits, self.rows.head.spec
+        if self.dq is not None:
+            where = torch.arange(len(self.dq), device=x.device)[block.targets]
+            count = max(1, FEW // x.shape[1])
+            for part in (slice(i, i + count) for i in range(0, len(x), count)):
+                mass = None if g_mass is None else g_mass[part]
+                d = coefficient_gradient(x[part], top[part], upstream.picked[part], mass, spec)
+                self.dq[where[part]] = d if class_weight is None else d.mul_(class_weight)
+        if self.dh is None and self.dW is None and self.db is None:
+            return
+        G = _ops.row_gradient(x, block.target, top, lse, upstream, spec, class_weight, out=x)
         if self.dh is not None:
-            if isinstance(block.rows, slice):
-                torch.mm(G, self.rows.weight, out=self.dh[block.rows])
-            else:
-                self.dh[block.rows] = G @ self.rows.weight
+            self.dh[block.rows] = hidden_gradient(G, self.rows.weight)
         if self.db is not None:
             self.db += G.sum(0, dtype=self.db.dtype)
         if self.dW is not None:
-            add_outer(self.dW, G, block.hidden, beta=min(self.added, 1))  # 0: nothing is in it yet
+            add_outer(self.dW, G, block.hidden, self.added)
         self.added += 1
 
     def found(self) -> list[Tensor]:
         """Those that are wanted."""
-        return [grad for grad in (self.dh, self.dW, self.db) if grad is not None]
+        return [grad for grad in (self.dh, self.dW, self.db, self.dq) if grad is not None]
 
 
 def class_weights(weight: Maybe, target: Tensor, head: Head) -> Maybe:
@@ -162,32 +159,33 @@ def loss_and_grads(
     weight: Tensor,
     bias: Maybe,
     target: Tensor,
-    scale: Tensor,
+    factor: Tensor,
     class_weight: Maybe,
     head: Head,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> list[Tensor]:
-    """scale * sum_n loss_n (0-d), and those gradients of it that are wanted, of (hidden, weight, bias).
+    """factor * sum_n loss_n (0-d), and those gradients of it that are wanted, of (hidden, weight, bias, target).
 
     With float16 the gradients are those of the sum, which `_linear.py` scales: 1 / N in each of the products
     would take small probabilities below what the format can hold.
     """
-    rows, C, smooth = Rows(hidden, weight, bias, target, head), len(weight), head.label_smoothing > 0
+    rows, C, soft = Rows(hidden, weight, bias, target, head), len(weight), target.is_floating_point()
     w = class_weights(class_weight, target, head)
-    weight_sum = C if class_weight is None else class_weight.sum(dtype=scale.dtype)
-    total, grads = torch.zeros_like(scale), Grads(rows, needs)
+    weight_sum = C if class_weight is None else class_weight.sum(dtype=factor.dtype)
+    total, grads = torch.zeros_like(factor), Grads(rows, needs)
     for block in rows:
-        stats = rows.stats(block, w, smooth)
+        stats = rows.stats(block, w)
         row_weight = None
-        if class_weight is not None and not target.is_floating_point():
-            row_weight = _objective.row_weights(block.target, class_weight, head.reading.ignore_index)
+        if class_weight is not None and not soft:
+            row_weight = _objective.row_weights(block.target, class_weight, head.spec.ignore_index)
         formula = (stats, row_weight, weight_sum, C, head.label_smoothing, head.z_loss)
-        total += _objective.row_losses(*formula).sum() * scale
+        total += _objective.row_losses(*formula).sum() * factor
         if any(needs):
             g = _objective.row_upstream(*formula)
             if head.dtype != torch.float16:
-                g = tuple(None if part is None else part * scale for part in g)  # type: ignore[assignment]
-            grads.add(block, stats.lse, w, (*g, None))
+                g = Upstream(*[None if part is None else part * factor for part in g])  # type: ignore[arg-type]
+            g_mass = -g.picked * stats.lse if soft else None  # of lse mass - picked
+            grads.add(block, stats.top, stats.lse, w, g, g_mass)
     return [total, *grads.found()]
 
 
@@ -198,7 +196,7 @@ def stats_of(
     rows, w = Rows(hidden, weight, bias, target, head), class_weights(class_weight, target, head)
     found: list[Tensor] = []
     for block in rows:
-        stats = [stat for stat in rows.stats(block, w, head.label_smoothing > 0) if stat is not None]
+        stats = rows.stats(block, w).pack()
         found = found or [stat.new_full((len(hidden),), 0 if stat.is_floating_point() else -1) for stat in stats]
         for whole, part in zip(found, stats, strict=True):
             whole[block.rows] = part
@@ -210,16 +208,19 @@ def stats_grads(
     weight: Tensor,
     bias: Maybe,
     target: Tensor,
+    top: Tensor,
     lse: Tensor,
-    upstream: list[Maybe],
+    upstream: Upstream,
+    g_mass: Maybe,
     class_weight: Maybe,
     head: Head,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> list[Tensor]:
-    """Gradients of (hidden, weight, bias), as far as they are wanted, from numbers per row."""
+    """Gradients of (hidden, weight, bias, target), as far as they are wanted, from numbers per row."""
     rows, w = Rows(hidden, weight, bias, target, head), class_weights(class_weight, target, head)
     grads = Grads(rows, needs)
     for block in rows:
-        part = tuple(None if g is None else g[block.rows] for g in upstream)
-        grads.add(block, lse[block.rows], w, part)
+        part = Upstream(*[None if g is None else g[block.rows] for g in upstream])  # type: ignore[arg-type]
+        mass = None if g_mass is None else g_mass[block.rows]
+        grads.add(block, top[block.rows], lse[block.rows], w, part, mass)
     return grads.found()

@@ -4,12 +4,12 @@ Forward mode. With u_c = dz_c/dx_c * (tangent of x_c), the tangents of the stati
 
     lse: sum_c p_c u_c        picked: u_y        wsum: sum_c w_c u_c        entropy: -sum_c p_c (log p_c + entropy) u_c
 
-The gradient. `_primitives.logits_grad` gives, for each logit z = z(x) of a row with log p = z - lse,
+The gradient. `_primitives.row_gradient` gives, for each logit z = z(x) of a row with log p = z - lse,
 
     dx = z' S      with      S = p (g_lse - g_entropy log p)  +  g_picked t  +  g_wsum w
 
-where t is the one-hot target or q w. lse comes in as a number of its own, so S is a function of this one logit and of
-its row's numbers, and its derivative is elementwise:
+where t is the one-hot target or q w. lse, absolute, comes in as a number of its own (its `top` is a constant), so S is
+a function of this one logit and of its row's numbers, and its derivative is elementwise:
 
     dS/dz = e      dS/dlse = -e      with      e = p (g_lse - g_entropy (log p + 1))
 """
@@ -21,39 +21,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import Reading, Stats, compute_dtype, scores, slope, split
+from ._backends import scores, slope
+from ._records import RowSpec, Stats, Upstream, compute_dtype
 
 Maybe = Tensor | None
 BLOCK = 1 << 16  # logits: their terms stay in a second-level cache
 
 
 class Rows:
-    """What each derivative needs of the rows: z, z', log p, p, and the target as a linear map over the classes."""
+    """What each derivative needs: z, z', u = z - top, log p, p, and the target as a linear map over the classes."""
 
     def __init__(
         self,
         logits: Tensor,
         target: Tensor,
+        top: Tensor,
         lse: Tensor,
         class_weight: Maybe,
-        reading: Reading,
+        spec: RowSpec,
     ) -> None:
         """Ignored rows get harmless logits, whatever they hold: nothing of them may reach a result."""
-        self.logits, self.reading = logits, reading
+        self.logits, self.spec = logits, spec
         self.dtype, self.sum_dtype = compute_dtype(logits), lse.dtype
         self.w: Any = 1.0 if class_weight is None else class_weight
-        self.z = scores(logits, reading.scale, reading.softcap)
+        self.z = scores(logits, spec.scale, spec.softcap)
         self.q: Maybe = target if target.is_floating_point() else None
         self.counts: Maybe = None
         if self.q is None:
-            self.counts = (target != reading.ignore_index)[:, None]
-            local = (target.long() - reading.start)[:, None]
+            self.counts = (target != spec.ignore_index)[:, None]
+            local = (target.long() - spec.start)[:, None]
             self.here = (local >= 0) & (local < logits.shape[1]) & self.counts
             self.y = local.clamp(0, logits.shape[1] - 1)
         self.z = self.mask(self.z)
-        self.z1 = slope(self.z, reading.scale, reading.softcap)
-        high, low = split(lse, self.dtype)
-        self.log_p = ((self.z - high).sub(low)).clamp(min=-1e4)  # p log p is 0 where p is 0
+        self.z1 = slope(self.z, spec.scale, spec.softcap)
+        self.u = self.z - self.column(top)
+        self.log_p = (self.u - self.column(lse)).clamp(min=-1e4)  # p log p is 0 where p is 0
         self.p = self.log_p.exp()
 
     def mask(self, terms: Tensor) -> Tensor:
@@ -91,20 +93,31 @@ def stats_jvp(rows: Rows, dx: Maybe, dq: Maybe, dw: Maybe, entropy: Maybe) -> St
         dt = torch.zeros_like(rows.z)  # the tangent of t = q w
         dt = dt if dq is None else dt + dq * rows.w
         dt = dt if dw is None else dt + rows.q * dw
-        picked, mass = picked + rows.sum(dt * rows.z), rows.sum(dt)
+        picked, mass = picked + rows.sum(dt * rows.u), rows.sum(dt)
     if dw is not None:
-        wsum = wsum + rows.sum(dw * rows.z)
+        wsum = wsum + rows.sum(dw * rows.u)
     if entropy is not None:
         entropy = -rows.sum(rows.p * (rows.log_p + rows.column(entropy)) * u)
-    return Stats(lse, picked, mass, wsum, entropy, None)
+    return Stats(None, lse, picked, mass, wsum, entropy, None)  # type: ignore[arg-type]
+
+
+def coefficient_gradient(logits: Tensor, top: Tensor, g_picked: Tensor, g_mass: Maybe, spec: RowSpec) -> Tensor:
+    """(N, C) in `compute_dtype`: g_mass + g_picked (z_c - top), the gradient of the coefficients k_c = q_c w_c.
+
+    They enter mass = sum_c k_c and picked = sum_c k_c (z_c - top) linearly.
+    """
+    dtype = compute_dtype(logits)
+    d = (scores(logits, spec.scale, spec.softcap) - top.to(dtype)[:, None]) * g_picked.to(dtype)[:, None]
+    return d if g_mass is None else d + g_mass.to(dtype)[:, None]
 
 
 class Gradient:
     """S and e, of which every derivative of the gradient is made, from the upstream numbers of the rows."""
 
-    def __init__(self, rows: Rows, g_lse: Tensor, g_picked: Tensor, g_wsum: Maybe, g_entropy: Maybe) -> None:
-        """Any of the g may carry a graph or a tangent of its own."""
-        self.rows, self.g_picked, self.g_wsum, self.g_entropy = rows, g_picked, g_wsum, g_entropy
+    def __init__(self, rows: Rows, upstream: Upstream) -> None:
+        """Any of its numbers may carry a graph or a tangent of its own."""
+        g_lse, self.g_picked, self.g_wsum, self.g_entropy = upstream
+        self.rows, g_entropy = rows, upstream.entropy
         self.e = self.smooth = rows.p * rows.column(g_lse)  # the part of S that is not linear in z
         if g_entropy is not None:
             self.smooth = self.smooth - rows.column(g_entropy) * rows.p * rows.log_p
@@ -112,21 +125,21 @@ class Gradient:
 
     def curvature(self) -> Maybe:
         """S dz'/dx, with dz'/dx = -2 s z z' / softcap^2; None where z is linear in x."""
-        if self.rows.reading.softcap is None:
+        if self.rows.spec.softcap is None:
             return None
         S = self.rows.place(self.smooth, self.g_picked)
         if self.g_wsum is not None:
             S = S + self.rows.column(self.g_wsum) * self.rows.w
-        return S * self.rows.z * self.rows.z1 * (-2 * self.rows.reading.scale / self.rows.reading.softcap**2)
+        return S * self.rows.z * self.rows.z1 * (-2 * self.rows.spec.scale / self.rows.spec.softcap**2)
 
 
 def gradient_vjp(rows: Rows, gradient: Gradient, v: Tensor) -> tuple[Maybe, ...]:
-    """d sum(v * dx): with respect to logits, target, lse, g_lse, g_picked, g_wsum, g_entropy and class_weight."""
+    """d sum(v * dx): with respect to logits, target, top, lse, g_lse, g_picked, g_wsum, g_entropy and class_weight."""
     v = rows.mask(v.to(rows.dtype))
     u = v * rows.z1
     ue = u * gradient.e
     d_lse = -rows.sum(ue)
-    own_lse = rows.reading.classes is None
+    own_lse = rows.spec.classes is None
     if own_lse:  # what lse passes on to these logits is at hand
         ue = ue + rows.p * rows.column(d_lse)
     curvature = gradient.curvature()
@@ -147,6 +160,7 @@ def gradient_vjp(rows: Rows, gradient: Gradient, v: Tensor) -> tuple[Maybe, ...]
     return (
         d_logits.to(rows.logits.dtype),
         d_target,
+        None,
         None if own_lse else d_lse,
         d_g_lse,
         d_g_picked,
@@ -156,7 +170,7 @@ def gradient_vjp(rows: Rows, gradient: Gradient, v: Tensor) -> tuple[Maybe, ...]
     )
 
 
-def gradient_vjp_by_blocks(tensors: tuple[Any, ...], reading: Reading, v: Tensor) -> list[Maybe]:
+def gradient_vjp_by_blocks(tensors: tuple[Any, ...], spec: RowSpec, v: Tensor) -> list[Maybe]:
     """`gradient_vjp`, where nothing will be differentiated again: block by block, with no (N, C) but the results."""
     *per_row, class_weight = tensors
     found: list[Any] = [None] * len(tensors)
@@ -164,7 +178,7 @@ def gradient_vjp_by_blocks(tensors: tuple[Any, ...], reading: Reading, v: Tensor
     count = max(1, BLOCK // max(1, C))
     for rows in (slice(i, i + count) for i in range(0, N, count)):
         part = [None if tensor is None else tensor[rows] for tensor in per_row]
-        for i, grad in enumerate(gradient_vjp(*linearise((*part, class_weight), reading), v[rows])):
+        for i, grad in enumerate(gradient_vjp(*linearise((*part, class_weight), spec), v[rows])):
             if grad is None:
                 continue
             if i == len(per_row):
@@ -178,7 +192,7 @@ def gradient_vjp_by_blocks(tensors: tuple[Any, ...], reading: Reading, v: Tensor
 
 def gradient_jvp(rows: Rows, gradient: Gradient, tangents: tuple[Maybe, ...]) -> Tensor:
     """The tangent of dx from those of the arguments, in the order of `gradient_vjp`'s results."""
-    dx, dq, d_lse, d_g_lse, d_g_picked, d_g_wsum, d_g_entropy, dw = tangents
+    dx, dq, _, d_lse, d_g_lse, d_g_picked, d_g_wsum, d_g_entropy, dw = tangents
     dS = torch.zeros_like(rows.z)
     if dx is not None:
         dS = dS + gradient.e * rows.z1 * dx.to(rows.dtype)
@@ -204,8 +218,8 @@ def gradient_jvp(rows: Rows, gradient: Gradient, tangents: tuple[Maybe, ...]) ->
     return rows.mask(result).to(rows.logits.dtype)
 
 
-def linearise(tensors: tuple[Any, ...], reading: Reading) -> tuple[Rows, Gradient]:
+def linearise(tensors: tuple[Any, ...], spec: RowSpec) -> tuple[Rows, Gradient]:
     """What `gradient_vjp` and `gradient_jvp` need, from the arguments of the gradient."""
-    logits, target, lse, g_lse, g_picked, g_wsum, g_entropy, class_weight = tensors
-    rows = Rows(logits, target, lse, class_weight, reading)
-    return rows, Gradient(rows, g_lse, g_picked, g_wsum, g_entropy)
+    logits, target, top, lse, *upstream, class_weight = tensors
+    rows = Rows(logits, target, top, lse, class_weight, spec)
+    return rows, Gradient(rows, Upstream(*upstream))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import _layout
+from . import _layout, _torch
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -30,25 +30,27 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def distributed(function: Callable[P, R]) -> Callable[P, R]:
-    """Let `function(input, target, ...)` or `function(input, linear_weight, target, ...)` take DTensors."""
-    names = list(inspect.signature(function).parameters)
+def distributed(on_parts: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take DTensors, by way of `on_parts(function, **arguments)`: `on_logits` or `on_head`."""
 
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not (torch.compiler.is_compiling() or "torch.distributed.tensor" in sys.modules):
-            return function(*args, **kwargs)
-        if not any(_is_dtensor(value) for value in (*args, *kwargs.values())):
-            return function(*args, **kwargs)
-        options: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-        if "reduction" in names:
-            options.setdefault("reduction", "mean")
-        if options.get("group") is not None:
-            raise ValueError("group: expected None beside DTensors, which know theirs")
-        on_parts = _head_on_parts if "linear_weight" in names else _logits_on_parts
-        return on_parts(function, **options)  # type: ignore[no-any-return]
+    def decorator(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
 
-    return wrapper
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not (torch.compiler.is_compiling() or "torch.distributed.tensor" in sys.modules):
+                return function(*args, **kwargs)
+            if not any(_is_dtensor(value) for value in (*args, *kwargs.values())):
+                return function(*args, **kwargs)
+            arguments = signature.bind(*args, **kwargs)
+            arguments.apply_defaults()
+            if arguments.arguments.pop("group") is not None:
+                raise ValueError("group: expected None beside DTensors, which know theirs")
+            return on_parts(function, **arguments.arguments)  # type: ignore[no-any-return]
+
+        return wrapper
+
+    return decorator
 
 
 def _is_dtensor(x: object) -> bool:
@@ -128,7 +130,8 @@ class Places:
             options["normalizer"] = _divisor(y, positions, weight, groups, options)
 
 
-def _logits_on_parts(function: Callable[..., Any], input: Any, target: Tensor, **options: Any) -> Any:
+def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **options: Any) -> Any:
+    """Logits (and probabilities) in parts, over classes or the batch."""
     if not _is_dtensor(input):
         raise TypeError("input: expected a DTensor like the other arguments, got a plain tensor")
     axis = options["dim"] = _layout.class_dim(input.shape, target.shape, options.get("dim"))
@@ -142,8 +145,8 @@ def _logits_on_parts(function: Callable[..., Any], input: Any, target: Tensor, *
     return places.whole(function(x, y, **options, group=places.group))
 
 
-def _head_on_parts(
-    function: Callable[..., Any], input: Any, linear_weight: Any, target: Any, linear_bias: Any = None, **options: Any
+def on_head(
+    function: Callable[..., Any], input: Any, linear_weight: Any, target: Any, linear_bias: Any, **options: Any
 ) -> Any:
     """Hidden states that are sharded over the ranks of the classes, a part of each sequence on each, are gathered."""
     from torch.distributed.tensor import Partial, Replicate, Shard
@@ -190,14 +193,14 @@ def _divisor(y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup],
     if y.is_floating_point():
         total = count = torch.tensor(positions, device=y.device)
     else:
-        ignore_index = options.get("ignore_index")
-        counts = y != (-100 if ignore_index is None else ignore_index)
+        given = options.get("ignore_index")
+        ignore_index = -100 if given is None else given
+        counts = _layout.as_index(y, ignore_index) != ignore_index
         total = count = counts.sum()
         if weight is not None:
             w = weight.full_tensor() if _is_dtensor(weight) else weight
             total = w.double()[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
     numbers = torch.stack([total.double(), count.double()])
-    collectives = torch.ops._c10d_functional
     for group in groups:
-        numbers = collectives.wait_tensor(collectives.all_reduce(numbers, "sum", group.group_name))
+        numbers = _torch.all_reduce(numbers, group.group_name)
     return numbers[0] + (numbers[1] == 0) if options.get("on_empty") == "zero" else numbers[0]

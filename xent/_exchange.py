@@ -29,7 +29,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
+
+from . import _torch
 
 NUMBERS, TEXT = 5, 35  # of the header, in words of 8 bytes
 HEADER = NUMBERS + TEXT
@@ -120,7 +122,7 @@ def exchange(
 
         if settled is not None and failure is None and settled.needed <= length:
             same = (words == settled.headers).all()
-            torch._assert_async(same, "group: the ranks no longer agree, or one of them has failed")
+            _torch.assert_on_device(same, "group: the ranks no longer agree, or one of them has failed")
             agreed.saw(settled.needed)
             return gathered[:, HEADER:need], sizes
 
@@ -249,7 +251,7 @@ def _report(group: ProcessGroup, count: int, own: Header, error: Exception) -> s
     about = f"group: the all-gather of rank {rank} of {R} failed ({error})"
     keys = [f"xent/{group.group_name}/{count}/{r}" for r in range(R)]
     try:
-        store = distributed_c10d._get_process_group_store(group)
+        store = _torch.store(group)
         store.set(keys[rank], own.text)
         end = time.monotonic() + PATIENCE
         silent = list(range(R))

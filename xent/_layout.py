@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import numbers
 from collections.abc import Callable
@@ -78,6 +79,8 @@ def check_ignore_index(ignore_index: int) -> None:
     """An int, and not a float or a bool that happens to compare equal to some target."""
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a number that int64 holds, got {ignore_index}")
 
 
 def check_normalizer_device(normalizer: float | Tensor | None, input: Tensor) -> None:
@@ -114,9 +117,11 @@ def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool
         raise RuntimeError(f"weight: expected a floating dtype, got {weight.dtype}")
     if weight.device != logits.device:
         raise RuntimeError(f"weight: expected a tensor on {logits.device} like input, got one on {weight.device}")
-    if weight.requires_grad and sharded:
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return
+    if sharded:
         raise RuntimeError("weight: is not differentiated over a group and may not require grad; detach it")
-    if weight.requires_grad and not soft:
+    if not soft:
         raise RuntimeError("weight: is not differentiated with class indices and may not require grad; detach it")
 
 
@@ -137,12 +142,13 @@ def to_rows(input: Tensor, target: Tensor, dim: int | None, ignore_index: int, i
     axis = class_dim(input.shape, target.shape, dim)
     C = input.shape[axis]
     if input.dim() == 2 and axis == 1 and not inplace:  # already rows
-        return Rows(input, target if soft else _index(target), target.shape[:1])
+        return Rows(input, target if soft else as_index(target, ignore_index), target.shape[:1])
     if axis != input.dim() - 1:
         input, target = input.movedim(axis, -1), target.movedim(axis, -1) if soft else target
     shape = input.shape[:-1]
     N = math.prod(shape)
-    return Rows(_as_rows(input, N, C, inplace), target.reshape(N, C) if soft else _index(target).reshape(N), shape)
+    y = target.reshape(N, C) if soft else as_index(target, ignore_index).reshape(N)
+    return Rows(_as_rows(input, N, C, inplace), y, shape)
 
 
 def result_dtype(input: Tensor) -> torch.dtype:
@@ -155,18 +161,22 @@ def result_dtype(input: Tensor) -> torch.dtype:
 
 def _as_rows(input: Tensor, N: int, C: int, inplace: bool) -> Tensor:
     """(..., C) as (N, C): a view where its strides allow one. The gradient may be written over nothing but a view."""
-    try:
-        rows = input.view(N, C)
-    except RuntimeError:
-        rows = None
-    if inplace and (
-        rows is None or any(n > 1 and stride == 0 for n, stride in zip(rows.shape, rows.stride(), strict=True))
-    ):
+    if inplace and not (_dimensions_merge(input) and _elements_are_apart(input)):
         raise RuntimeError(
             "inplace_backward: expected logits that are rows in memory of their own, got strides "
             f"{input.stride()} for shape {tuple(input.shape)}, classes last: the gradient cannot be written over them"
         )
-    return input.reshape(N, C) if rows is None else rows
+    return input.reshape(N, C)
+
+
+def _dimensions_merge(input: Tensor) -> bool:
+    """Whether all dimensions but the last are one in memory: each step of one is as long as all steps of the next."""
+    outer = [(n, stride) for n, stride in zip(input.shape[:-1], input.stride(), strict=False) if n != 1]
+    return all(step == stride * n for (_, step), (n, stride) in itertools.pairwise(outer))
+
+
+def _elements_are_apart(input: Tensor) -> bool:
+    return all(n <= 1 or stride != 0 for n, stride in zip(input.shape, input.stride(), strict=True))
 
 
 def _check_number(name: str, value: object) -> None:
@@ -224,6 +234,8 @@ def _without(shape: torch.Size, axis: int) -> torch.Size:
     return shape[:-1] if axis == len(shape) - 1 else shape[:axis] + shape[axis + 1 :]
 
 
-def _index(target: Tensor) -> Tensor:
-    """int64 and int32 as they are; the narrow integer types widened."""
-    return target if target.dtype in (torch.int64, torch.int32) else target.long()
+def as_index(target: Tensor, ignore_index: int) -> Tensor:
+    """int64, or int32 where that holds `ignore_index`: compared with a number beyond it, an index would wrap."""
+    if target.dtype == torch.int64 or (target.dtype == torch.int32 and -(2**31) <= ignore_index < 2**31):
+        return target
+    return target.long()

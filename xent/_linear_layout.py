@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._layout import INDEX_DTYPES
+from ._layout import INDEX_DTYPES, as_index
 
 MAX_BYTES = 72 << 20  # of logits at a time: products of full speed, and no more than a few per cent of a training step
 
@@ -59,8 +59,7 @@ def to_linear_rows(
             f"got {tuple(target.shape)}"
         )
     _check_target(target, soft, ignore_index)
-    if not soft and target.dtype not in (torch.int64, torch.int32):
-        target = target.long()
+    target = target if soft else as_index(target, ignore_index)
     T = 0
     if shift:
         if not batch or K:
@@ -120,8 +119,3 @@ def _check_target(target: Tensor, soft: bool, ignore_index: int) -> None:
         raise RuntimeError(f"target: expected probabilities of a floating dtype, got {target.dtype}")
     if ignore_index >= 0:
         raise ValueError(f"ignore_index: has no meaning for probability targets, got {ignore_index}")
-    if target.requires_grad:
-        raise RuntimeError(
-            "target: its gradient is the logits, which are never held, so it may not require grad; detach it, or use "
-            "xent.cross_entropy(torch.nn.functional.linear(input, linear_weight), target)"
-        )

@@ -8,6 +8,9 @@ With w the class weights, eps the label smoothing and lambda the z-loss,
 
 A probability target q has sum_c q_c w_c (lse_n - z_nc) = lse_n mass_n - picked_n in the place of w_y nll_n, and its
 mean divides by N. Rows that are ignored have lse = picked = wsum = 0: every term of theirs is 0 without a mask.
+
+All statistics are relative to the row's largest score, `top`, which cancels in every difference; lse^2 alone needs the
+absolute lse, top + lse.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._backends import Stats, statistics_dtype
+from ._records import Stats, Upstream, statistics_dtype
 
 
 def row_weights(target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
@@ -34,21 +37,21 @@ def row_losses(
     z_loss: float,
 ) -> Tensor:
     """loss_n (N,), in nats, in the statistics' dtype. `row_weight` is w_y, or None where all are 1."""
-    lse, picked, mass, wsum, *_ = stats
+    top, lse, picked, mass, wsum, *_ = stats
     nll = lse - picked if mass is None else lse * mass - picked
     loss = nll if row_weight is None else row_weight * nll
     if wsum is not None:
         smooth = label_smoothing / C * (lse * weight_sum - wsum)
         gone = mass is not None and label_smoothing == 1  # q is mixed first: of a q that is gone, not even 0 * inf
         loss = smooth if gone else (1 - label_smoothing) * loss + smooth
-    return loss if z_loss == 0 else loss + z_loss * lse**2
+    return loss if z_loss == 0 else loss + z_loss * (top + lse) ** 2
 
 
 def row_upstream(
     stats: Stats, row_weight: Tensor | None, weight_sum: float | Tensor, C: int, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Upstream:
     """Derivatives of `row_losses` with respect to lse, picked and wsum, for whoever needs them without autograd."""
-    lse, _, mass, wsum, *_ = stats
+    top, lse, _, mass, wsum, *_ = stats
     keep = 1 - label_smoothing
     of_target = mass if mass is not None else row_weight  # None where all are 1
     g_lse = torch.full_like(lse, keep) if of_target is None else keep * of_target
@@ -57,8 +60,8 @@ def row_upstream(
     if wsum is not None:
         g_lse, g_wsum = g_lse + label_smoothing / C * weight_sum, torch.full_like(lse, -label_smoothing / C)
     if z_loss != 0:
-        g_lse = g_lse + 2 * z_loss * lse
-    return g_lse, g_picked, g_wsum
+        g_lse = g_lse + 2 * z_loss * (top + lse)
+    return Upstream(g_lse, g_picked, g_wsum)
 
 
 def mean_divisor(target: Tensor, row_weight: Tensor | None, ignore_index: int, on_empty: str) -> int | Tensor:

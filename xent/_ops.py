@@ -1,8 +1,9 @@
-"""The two primitives as operators of torch, for whoever looks on and must not see addresses.
+"""The two primitives, called directly or as operators of torch.
 
-A compiler, a FakeTensor or a meta tensor cannot follow a kernel that works on memory. For them the primitives are
-registered with `torch.library`: opaque operators whose results have known shapes, and which run `_primitives` when
-there is memory at last. `observed` tells when they are needed; otherwise a direct call saves the dispatcher's time.
+A compiler, a mode, a FakeTensor or a batched tensor cannot follow a kernel that works on memory. For them the
+primitives are registered with `torch.library`: opaque operators whose results have known shapes, and which run
+`_primitives` when there is memory at last. Where nobody stands between a call and memory, the dispatcher's time is
+saved.
 """
 
 from __future__ import annotations
@@ -12,73 +13,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _primitives
-from ._backends import Stats, statistics_dtype
+from . import _primitives, _torch
+from ._records import RowSpec, Stats, Upstream, Wanted
 
-READING = "int start, int ignore_index, float scale, float? softcap, Tensor? class_weight"
-UPSTREAM = "Tensor target, Tensor lse, Tensor g_lse, Tensor g_picked, Tensor? g_wsum, Tensor? g_entropy"
-torch.library.define(
-    "xent::lse_and_pick",
-    f"(Tensor logits, Tensor target, *, {READING}, int? classes, bool want_wsum, bool want_entropy, bool want_argmax)"
-    " -> Tensor[]",
-)
-torch.library.define("xent::logits_grad", f"(Tensor logits, {UPSTREAM}, *, {READING}) -> Tensor")
-torch.library.define("xent::logits_grad_", f"(Tensor(a!) logits, {UPSTREAM}, *, {READING}) -> ()")
+# How the records are flattened, in the order of their fields.
+SPEC = "int ignore_index, float scale, float? softcap, SymInt start, SymInt? classes"
+WANTED = "bool wsum, bool entropy, bool argmax"
+UPSTREAM = "Tensor g_lse, Tensor g_picked, Tensor? g_wsum, Tensor? g_entropy"
+
+_GRADIENT = f"Tensor target, Tensor top, Tensor lse, {UPSTREAM}, Tensor? class_weight, {SPEC}"
 
 
-def observed(logits: Tensor) -> bool:
-    """Whether these logits are being traced, or are no plain tensor with memory."""
-    plain = type(logits) is Tensor or type(logits) is torch.nn.Parameter
-    return not plain or logits.is_meta or torch.compiler.is_compiling()
+def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
+    """`_primitives.row_statistics`, by way of the operator where somebody looks on."""
+    if not _torch.is_redirected(logits, target, class_weight):
+        return _primitives.row_statistics(logits, target, spec, wanted, class_weight)
+    found = torch.ops.xent.row_statistics(logits, target, class_weight, *spec, *wanted)
+    return wanted.unpack(found, target.is_floating_point())
 
 
-def lse_and_pick(logits: Tensor, target: Tensor, **options: Any) -> Stats:
-    """`_primitives.lse_and_pick` through the operator."""
-    found = iter(torch.ops.xent.lse_and_pick(logits, target, **options))
-    asked = (target.is_floating_point(), options["want_wsum"], options["want_entropy"], options["want_argmax"])
-    return Stats(next(found), next(found), *[next(found) if yes else None for yes in asked])
-
-
-def logits_grad(logits: Tensor, *upstream: Tensor | None, out: Tensor | None, **options: Any) -> Tensor:
-    """`_primitives.logits_grad` through the operator, or through the one that overwrites the logits."""
+def row_gradient(
+    logits: Tensor,
+    target: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    upstream: Upstream,
+    spec: RowSpec,
+    class_weight: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`_primitives.row_gradient`, by way of the operator, or of the one that overwrites the logits."""
+    if not _torch.is_redirected(logits, target, *upstream, class_weight):
+        return _primitives.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out)
+    arguments = (target, top, lse, *upstream, class_weight, *spec)
     if out is None:
-        return torch.ops.xent.logits_grad(logits, *upstream, **options)  # type: ignore[no-any-return]
-    torch.ops.xent.logits_grad_(out, *upstream, **options)
+        return torch.ops.xent.row_gradient(logits, *arguments)  # type: ignore[no-any-return]
+    if any(map(_torch.is_batched_gradient, upstream)):
+        raise RuntimeError(
+            "inplace_backward: expected one gradient, which replaces the logits; got is_grads_batched=True"
+        )
+    torch.ops.xent.row_gradient_(out, *arguments)
     return out
 
 
-def _run_lse_and_pick(logits: Tensor, target: Tensor, **options: Any) -> list[Tensor]:
-    return [stat for stat in _primitives.lse_and_pick(logits, target, **options) if stat is not None]
+def define(name: str, schema: str, run: Any, fake: Any) -> None:
+    """The operator xent::name, opaque to autograd, which runs `run` and has results shaped like those of `fake`."""
+    torch.library.define(f"xent::{name}", schema)
+    torch.library.impl(f"xent::{name}", "default", torch.no_grad()(run))
+    torch.library.register_fake(f"xent::{name}", fake)
 
 
-def _run_logits_grad(logits: Tensor, *upstream: Tensor, **options: Any) -> Tensor:
-    return _primitives.logits_grad(logits, *upstream, **options)
+def _statistics(logits: Tensor, target: Tensor, class_weight: Tensor | None, *flat: Any) -> list[Tensor]:
+    spec, wanted = RowSpec(*flat[:5]), Wanted(*flat[5:])
+    return _primitives.row_statistics(logits, target, spec, wanted, class_weight).pack()
 
 
-def _run_logits_grad_(logits: Tensor, *upstream: Tensor, **options: Any) -> None:
-    _primitives.logits_grad(logits, *upstream, **options, out=logits)
+def _empty_statistics(logits: Tensor, target: Tensor, class_weight: Tensor | None, *flat: Any) -> list[Tensor]:
+    return Wanted(*flat[5:]).empty(logits, target.is_floating_point())
 
 
-def _shapes_of_stats(
-    logits: Tensor, target: Tensor, *, want_wsum: bool, want_entropy: bool, want_argmax: bool, **reading: Any
-) -> list[Tensor]:
-    count = 2 + target.is_floating_point() + want_wsum + want_entropy
-    dtypes = [statistics_dtype(logits.device)] * count + [torch.int64] * want_argmax
-    return [logits.new_empty(logits.shape[:1], dtype=dtype) for dtype in dtypes]
+def _gradient(
+    logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, *rest: Any, out: Tensor | None = None
+) -> Tensor:
+    upstream, class_weight, spec = Upstream(*rest[:4]), rest[4], RowSpec(*rest[5:])
+    return _primitives.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out)
 
 
-def _shape_of_gradient(logits: Tensor, *upstream: Tensor, **reading: Any) -> Tensor:
+def _gradient_(logits: Tensor, *rest: Any) -> None:
+    _gradient(logits, *rest, out=logits)
+
+
+def empty_gradient(logits: Tensor, *rest: Any) -> Tensor:
+    """A fresh gradient, without numbers."""
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _no_result(logits: Tensor, *upstream: Tensor, **reading: Any) -> None:
-    return None
+def nothing(*arguments: Any) -> None:
+    """Of an operator that writes over an argument."""
 
 
-for name, run, shapes in (
-    ("lse_and_pick", _run_lse_and_pick, _shapes_of_stats),
-    ("logits_grad", _run_logits_grad, _shape_of_gradient),
-    ("logits_grad_", _run_logits_grad_, _no_result),
-):
-    torch.library.impl(f"xent::{name}", "default", run)
-    torch.library.register_fake(f"xent::{name}", shapes)
+_STATISTICS = f"(Tensor logits, Tensor target, Tensor? class_weight, {SPEC}, {WANTED}) -> Tensor[]"
+define("row_statistics", _STATISTICS, _statistics, _empty_statistics)
+define("row_gradient", f"(Tensor logits, {_GRADIENT}) -> Tensor", _gradient, empty_gradient)
+define("row_gradient_", f"(Tensor(a!) logits, {_GRADIENT}) -> ()", _gradient_, nothing)

@@ -20,73 +20,85 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _ops, _shards
-from ._autograd import Wanted, apply, fold, refuse_mapped_weight, stats_backward
-from ._backends import Reading, Stats
+from . import _shards, _torch
+from ._autograd import apply, fold, refuse_mapped_weight, stats_backward
+from ._records import RowSpec, Stats, Upstream, Wanted
+from ._shards import Shared
 
 
 class Global(NamedTuple):
-    """What the whole group knows of the rows."""
+    """What a loss needs to know of the rows and of all classes."""
 
-    stats: Stats  #               over all classes
+    stats: Stats
     classes: Tensor  #            0-d, float64: how many there are
     row_weight: Tensor | None  #  (N,): w_y, for a class weight and index targets
     weight_sum: Tensor  #         0-d: sum_c w_c
 
+    @classmethod
+    def of(cls, shared: Shared) -> Global:
+        """From the results of the exchange."""
+        classes = shared.layout[1].double()
+        weight_sum = classes if shared.weight_sum is None else shared.weight_sum
+        return cls(shared.stats, classes, shared.row_weight, weight_sum)
+
 
 def parallel_stats(
-    logits: Tensor, target: Tensor, weight: Tensor | None, group: ProcessGroup, reading: Reading, wanted: Wanted
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    group: ProcessGroup,
+    spec: RowSpec,
+    wanted: Wanted,
+    inplace: bool = False,
 ) -> Global:
     """Differentiable `Stats` over the classes of all ranks, from the rows (N, C) of this one.
 
     `weight` is over the classes held here, or over all of them.
     """
-    arguments = (logits, target, weight, group.group_name, reading, wanted)
-    found = iter(apply(ParallelStats, ParallelStatsForwardMode, *arguments))
-    soft = target.is_floating_point()
-    stats = Stats(*[next(found) if yes else None for yes in (True, True, soft, *wanted[:3])])  # type: ignore[arg-type]
-    classes = next(found)[1].double()
-    weight_sum = classes if weight is None else next(found)
-    row_weight = None if weight is None or soft else next(found)
-    return Global(stats, classes, row_weight, weight_sum)
+    arguments = (logits, target, weight, group.group_name, spec, wanted, inplace)
+    found = apply(ParallelStats, ParallelStatsForwardMode, *arguments)
+    return Global.of(Shared.unpack(found, wanted, target.is_floating_point(), weight is not None))
 
 
 class ParallelStats(torch.autograd.Function):
-    """(logits, target, weight) -> those of `Stats` that are wanted, then the numbers that have no derivative.
-
-    These are [start, classes] and, with a weight: its sum; of each row (index targets); its part for the classes held
-    here (for probabilities and wsum).
-    """
+    """(logits, target, weight) -> `Shared`, packed."""
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, weight: Tensor | None, group: str, reading: Reading, wanted: Wanted
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        group: str,
+        spec: RowSpec,
+        wanted: Wanted,
+        inplace: bool,
     ) -> tuple[Tensor, ...]:
-        run = torch.ops.xent.parallel_stats if _ops.observed(logits) else _shards.parallel_stats
-        return tuple(run(logits, target, weight, group, *reading[:3], *wanted[:3]))
+        if _torch.is_traced(logits, target, weight):
+            return tuple(torch.ops.xent.parallel_stats(logits, target, weight, group, *spec, *wanted))
+        return tuple(_shards.parallel_stats(logits, target, weight, group, spec, wanted).pack())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, _, ctx.reading, ctx.wanted = inputs
-        soft, (wsum, has_entropy, argmax, _) = target.is_floating_point(), ctx.wanted
-        count = 2 + soft + wsum + has_entropy  # of what has a derivative
-        layout, entropy = output[count + argmax], output[count - 1] if has_entropy else None
-        class_weight = output[-1] if weight is not None and (soft or wsum) else None
-        ctx.mark_non_differentiable(*output[count:])
+        logits, target, weight, _, ctx.spec, ctx.wanted, ctx.inplace = inputs
+        shared = Shared.unpack(output, ctx.wanted, target.is_floating_point(), weight is not None)
+        stats = shared.stats
+        without = (stats.top, stats.argmax, *shared[1:])
+        ctx.mark_non_differentiable(*[tensor for tensor in without if tensor is not None])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, class_weight, output[0], entropy, layout)
+        ctx.save_for_backward(logits, target, shared.part, stats.top, stats.lse, stats.entropy, shared.layout)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        layout = ctx.saved_tensors[5]
+        *saved, layout = ctx.saved_tensors
+        count = 3 + saved[1].is_floating_point() + sum(ctx.wanted)
 
         def gradient(*arguments: Any) -> Tensor:
             return apply(ParallelGrad, ParallelGradForwardMode, *arguments, layout)  # type: ignore[no-any-return]
 
-        d_logits, d_target, _ = stats_backward(ctx, gradient, *grads)
+        d_logits, d_target, _ = stats_backward(ctx, tuple(saved), gradient, grads[:count])
         if d_target is not None and torch.is_grad_enabled():
             d_target = apply(Final, FinalForwardMode, d_target)
-        return d_logits, d_target, None, None, None, None
+        return d_logits, d_target, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -94,8 +106,7 @@ class ParallelStats(torch.autograd.Function):
         logits, target = fold(info.batch_size, in_dims[:2], args[:2])
         found = apply(ParallelStats, ParallelStatsForwardMode, logits, target, *args[2:])
         soft, weighted, wanted = args[1].is_floating_point(), args[2] is not None, args[5]
-        count = 2 + soft + sum(wanted[:3])
-        dims: list[int | None] = [0] * count + [None]
+        dims: list[int | None] = [0] * (3 + soft + sum(wanted)) + [None]
         if weighted:
             dims += [None] if soft else [None, 0]
             dims += [None] * (soft or wanted.wsum)
@@ -110,26 +121,29 @@ class ParallelGrad(torch.autograd.Function):
     def forward(
         logits: Tensor,
         target: Tensor,
+        top: Tensor,
         lse: Tensor,
         g_lse: Tensor,
         g_picked: Tensor,
         g_wsum: Tensor | None,
         g_entropy: Tensor | None,
         class_weight: Tensor | None,
-        reading: Reading,
+        spec: RowSpec,
         inplace: bool,
         layout: Tensor,
     ) -> Tensor:
-        rest = (target, lse, g_lse, g_picked, g_wsum, g_entropy, class_weight, layout, *reading[:3])
-        observed = _ops.observed(logits)
-        if not inplace:
-            run = torch.ops.xent.parallel_grad if observed else _shards.parallel_grad
-            return run(logits, *rest)
-        out = logits.detach()
-        write = torch.ops.xent.parallel_grad_ if observed else _shards.parallel_grad_
-        write(out, *rest)
-        torch.autograd.graph.increment_version(logits)  # as in `RowGrad`
-        return out
+        rows, upstream = (target, top, lse), Upstream(g_lse, g_picked, g_wsum, g_entropy)
+        out = logits.detach() if inplace else None
+        if not _torch.is_traced(logits, *rows, *upstream, class_weight):
+            found = _shards.parallel_grad(logits, *rows, upstream, class_weight, layout, spec, out)
+        elif out is None:
+            found = torch.ops.xent.parallel_grad(logits, *rows, *upstream, class_weight, layout, *spec)
+        else:
+            torch.ops.xent.parallel_grad_(out, *rows, *upstream, class_weight, layout, *spec)
+            found = out
+        if inplace:
+            torch.autograd.graph.increment_version(logits)  # as in `RowGrad`
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,8 +155,8 @@ class ParallelGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        rows = fold(info.batch_size, in_dims[:7], args[:7])
-        found: Tensor = apply(ParallelGrad, ParallelGradForwardMode, *rows, *args[7:])
+        rows = fold(info.batch_size, in_dims[:8], args[:8])
+        found: Tensor = apply(ParallelGrad, ParallelGradForwardMode, *rows, *args[8:])
         return found.view(info.batch_size, -1, found.shape[1]), 0
 
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _objective, _primitives
-from ._autograd import RowGrad, RowStats, Wanted, row_stats
-from ._backends import Reading
+from . import _objective, _primitives, _torch
+from ._autograd import row_stats
+from ._records import RowSpec, Upstream, Wanted
 
 
 class Mean(NamedTuple):
@@ -36,45 +36,46 @@ class Mean(NamedTuple):
         return _objective.mean_divisor(target, None, ignore_index, self.on_empty)
 
 
-def plain_loss(logits: Tensor, target: Tensor, mean: Mean, reading: Reading, wanted: Wanted) -> Tensor:
-    """The loss (0-d) of rows with index targets. Not for those who look on: see `_autograd.watched`."""
-    apply = super(torch.autograd.Function, PlainLoss).apply  # without torch's inspection of the signature
-    return apply(logits, target, mean, reading, wanted)  # type: ignore[no-any-return, no-untyped-call]
+def plain_loss(logits: Tensor, target: Tensor, mean: Mean, spec: RowSpec, inplace: bool) -> Tensor:
+    """The loss (0-d) of rows with index targets. Not for those who look on: see `_torch.is_redirected`."""
+    return _torch.call_function(PlainLoss, logits, target, mean, spec, inplace)  # type: ignore[no-any-return]
 
 
 class PlainLoss(torch.autograd.Function):
     """See `plain_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, mean: Mean, reading: Reading, wanted: Wanted) -> Tensor:
-        ctx.mean, ctx.reading, ctx.wanted = mean, reading, wanted
-        loss, lse, divisor = _of_few(logits, target, mean, reading), None, mean.normalizer
+    def forward(ctx: Any, logits: Tensor, target: Tensor, mean: Mean, spec: RowSpec, inplace: bool) -> Tensor:
+        ctx.mean, ctx.spec, ctx.inplace = mean, spec, inplace
+        loss, top, lse, divisor = _of_few(logits, target, mean, spec), None, None, mean.normalizer
         if loss is None:
-            lse, picked = RowStats.forward(logits, target, None, reading, wanted)
-            divisor = mean.divisor(target, reading.ignore_index)
+            top, lse, picked, *_ = _primitives.row_statistics(logits, target, spec, Wanted())
+            divisor = mean.divisor(target, spec.ignore_index)
             loss = (lse - picked).sum() / divisor
         # A normalizer that is a tensor is saved even where it is not needed, to be seen if it changes.
-        ctx.save_for_backward(logits, target, lse, divisor if isinstance(divisor, Tensor) else None)
+        ctx.save_for_backward(logits, target, top, lse, divisor if isinstance(divisor, Tensor) else None)
         return loss.to(mean.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, lse, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            stats = row_stats(logits, target, None, ctx.reading, ctx.wanted)
-            divisor = ctx.mean.divisor(target, ctx.reading.ignore_index) if divisor is None else divisor
-            loss = (stats.lse - stats.picked).sum() / divisor
-            (d_logits,) = torch.autograd.grad(loss, logits, g.to(loss.dtype), create_graph=True)
-        elif lse is None:
-            out = logits.detach() if ctx.wanted.inplace else None
-            d_logits = _of_few(logits, target, ctx.mean, ctx.reading, float(g), out)
-            if out is not None:  # as in `RowGrad`
-                torch.autograd.graph.increment_version(logits)
+        logits, target, top, lse, divisor = ctx.saved_tensors
+        if torch.is_grad_enabled() or _torch.is_redirected(g):  # create_graph=True, or somebody looks on
+            with torch.enable_grad():
+                stats = row_stats(logits, target, None, ctx.spec, Wanted(), ctx.inplace)
+                divisor = ctx.mean.divisor(target, ctx.spec.ignore_index) if divisor is None else divisor
+                loss = (stats.lse - stats.picked).sum() / divisor
+            again = torch.is_grad_enabled()
+            (d_logits,) = torch.autograd.grad(loss, logits, g.to(loss.dtype), create_graph=again)
+            return d_logits, None, None, None, None
+        out = logits.detach() if ctx.inplace else None
+        if lse is None:
+            d_logits = _of_few(logits, target, ctx.mean, ctx.spec, float(g), out)
         else:
             share = g.to(lse.dtype) / (ctx.mean.normalizer if divisor is None else divisor)
-            g_lse, g_picked = share.expand(len(lse)), (-share).expand(len(lse))
-            upstream = (lse, g_lse, g_picked, None, None)
-            d_logits = RowGrad.forward(logits, target, *upstream, None, ctx.reading, ctx.wanted.inplace)
+            upstream = Upstream(share.expand(len(lse)), (-share).expand(len(lse)))
+            d_logits = _primitives.row_gradient(logits, target, top, lse, upstream, ctx.spec, None, out)
+        if out is not None:  # as in `RowGrad`
+            torch.autograd.graph.increment_version(logits)
         return d_logits, None, None, None, None
 
 
@@ -82,7 +83,7 @@ def _of_few(
     logits: Tensor,
     target: Tensor,
     mean: Mean,
-    reading: Reading,
+    spec: RowSpec,
     upstream: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor | None:
@@ -92,11 +93,9 @@ def _of_few(
     return _primitives.mean_of_few(
         logits,
         target,
+        spec,
         divisor=None if mean.normalizer is None else float(mean.normalizer),
         least=int(mean.on_empty == "zero"),
-        ignore_index=reading.ignore_index,
-        scale=reading.scale,
-        softcap=reading.softcap,
         upstream=upstream,
         out=out,
     )

@@ -8,13 +8,13 @@ The letters, here and in every backend: N rows, C classes held here, `x` the raw
 `z = softcap * tanh(scale * x / softcap)` (or just `scale * x`) the logits that count, `y` the target,
 `q` a target distribution, `w` the class weights, `p = softmax(z)`.
 
-    lse_and_pick    reads every logit once, writes nothing but N-vectors
-    logits_grad     reads every logit once, writes every gradient once
+    row_statistics  reads every logit once, writes nothing but N-vectors
+    row_gradient    reads every logit once, writes every gradient once
 
 Both keep these promises:
 
-- Statistics and upstream gradients are float64 (float32 where the device has none): one number per row costs
-  nothing, and `lse - picked` stays exact to the last bit of the logits however far from 0 they all lie.
+- Statistics and upstream gradients are float64 (float32 where the device has none). Scores are relative to the row's
+  largest, `top`: `lse - picked` stays exact to the last bit of the logits however far from 0 they all lie.
 - A row whose index target equals `ignore_index` is never read: its statistics are 0, its argmax is -1, and its
   gradient is exactly 0, whatever it holds. The work is proportional to the rows that count.
 - A row, or a part of one, that is -inf does not make NaN out of a finite result. A whole row of -inf has
@@ -34,66 +34,43 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ._backends import Stats, check_range, statistics_dtype
+from ._backends import check_range
+from ._records import RowSpec, Stats, Upstream, Wanted
 
 NAMES = ("native", "triton", "eager")  # in order of preference
 FORCED = os.environ.get("XENT_BACKEND")
 
 
-def lse_and_pick(
+def row_statistics(
     logits: Float[Tensor, "N C"],
     target: Int[Tensor, " N"] | Float[Tensor, "N C"],
-    *,
-    start: int = 0,
-    classes: int | None = None,
-    ignore_index: int = -100,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    spec: RowSpec,
+    wanted: Wanted,
     class_weight: Float[Tensor, " C"] | None = None,
-    want_wsum: bool = False,
-    want_entropy: bool = False,
-    want_argmax: bool = False,
 ) -> Stats:
     """Row statistics in one pass.
 
-    `start` is the global index of the first class held here and `classes` the global number of classes
-    (default: start + C): a target in [0, classes) but outside [start, start + C) picks 0. `class_weight` is in
+    A target in [0, spec.classes) but outside the classes held here, [start, start + C), picks 0. `class_weight` is in
     `compute_dtype(logits)` and counts in `wsum` and, for probabilities, in `picked` and `mass`; an index target's
     own weight is the caller's affair, being one number per row. `argmax` is local to the classes held here.
 
     Raises IndexError for an index target outside [0, classes) other than `ignore_index` (on CUDA: an asynchronous
     device-side assertion).
     """
+    if spec.classes is None:
+        spec = spec._replace(classes=logits.shape[1] + spec.start)
     if logits.numel() == 0:
-        return _no_logits(logits, target, classes or 0, ignore_index, want_wsum, want_entropy, want_argmax)
-    return backend_for(logits, target).lse_and_pick(  # type: ignore[no-any-return]
-        logits,
-        target,
-        start=start,
-        classes=logits.shape[1] + start if classes is None else classes,
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        class_weight=class_weight,
-        want_wsum=want_wsum,
-        want_entropy=want_entropy,
-        want_argmax=want_argmax,
-    )
+        return _no_logits(logits, target, spec, wanted)
+    return backend_for(logits, target).row_statistics(logits, target, spec, wanted, class_weight)  # type: ignore[no-any-return]
 
 
-def logits_grad(
+def row_gradient(
     logits: Float[Tensor, "N C"],
     target: Int[Tensor, " N"] | Float[Tensor, "N C"],
+    top: Float[Tensor, " N"],
     lse: Float[Tensor, " N"],
-    g_lse: Float[Tensor, " N"],
-    g_picked: Float[Tensor, " N"],
-    g_wsum: Float[Tensor, " N"] | None = None,
-    g_entropy: Float[Tensor, " N"] | None = None,
-    *,
-    start: int = 0,
-    ignore_index: int = -100,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    upstream: Upstream,
+    spec: RowSpec,
     class_weight: Float[Tensor, " C"] | None = None,
     out: Float[Tensor, "N C"] | None = None,
 ) -> Float[Tensor, "N C"]:
@@ -102,39 +79,24 @@ def logits_grad(
         dz_c = p_c (g_lse - g_entropy log p_c)  +  g_picked t_c  +  g_wsum w_c        t_c = [c = y - start] or q_c w_c
         dx_c = dz_c * dz_c/dx_c
 
-    where log p_c = z_c - lse. (The entropy H has the gradient -p_c (log p_c + H): the caller folds the part that is
-    one number per row, -g_entropy H, into `g_lse`.) The sum is taken in `compute_dtype` and rounded once, since
+    where log p_c = z_c - top - lse. (The entropy H has the gradient -p_c (log p_c + H): the caller folds the part that
+    is one number per row, -g_entropy H, into `g_lse`.) The sum is taken in `compute_dtype` and rounded once, since
     p - 1 at a confident target has no bits left in half precision. `out` may be `logits` itself, which is then
     overwritten: the caller's explicit choice. A fresh result is (N, C) contiguous, in the dtype of the logits.
     """
     if logits.numel() == 0:
         return torch.empty_like(logits)
-    return backend_for(logits, target).logits_grad(  # type: ignore[no-any-return]
-        logits,
-        target,
-        lse,
-        g_lse,
-        g_picked,
-        g_wsum,
-        g_entropy,
-        start=start,
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        class_weight=class_weight,
-        out=out,
-    )
+    backend = backend_for(logits, target)
+    return backend.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out)  # type: ignore[no-any-return]
 
 
 def mean_of_few(
     logits: Float[Tensor, "N C"],
     target: Int[Tensor, " N"],
+    spec: RowSpec,
     *,
     divisor: float | None,
     least: int,
-    ignore_index: int = -100,
-    scale: float = 1.0,
-    softcap: float | None = None,
     upstream: float | None = None,
     out: Float[Tensor, "N C"] | None = None,
 ) -> Float[Tensor, "..."] | None:
@@ -142,41 +104,22 @@ def mean_of_few(
 
     A backend may have this besides the two primitives, where a call costs more than a pass. None says that it has not,
     or that these logits are not few. Without a `divisor` the rows that count are counted, `least` at least. `out` as
-    for `logits_grad`.
+    for `row_gradient`.
     """
     one_call = getattr(backend_for(logits, target), "mean_of_few", None) if logits.numel() else None
-    return one_call and one_call(
-        logits,
-        target,
-        divisor=divisor,
-        least=least,
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-        upstream=upstream,
-        out=out,
-    )
+    return one_call and one_call(logits, target, spec, divisor=divisor, least=least, upstream=upstream, out=out)
 
 
-def _no_logits(
-    logits: Tensor, target: Tensor, classes: int, ignore_index: int, wsum: bool, entropy: bool, argmax: bool
-) -> Stats:
+def _no_logits(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted) -> Stats:
     """No rows, or a shard without classes: an empty sum has lse = log 0. No backend needs to think of it."""
-    zeros = logits.new_zeros(len(logits), dtype=statistics_dtype(logits.device))
-    if target.is_floating_point():
-        lse, mass = zeros - torch.inf, zeros.clone()
+    soft = target.is_floating_point()
+    stats = wanted.unpack([part.zero_() for part in wanted.empty(logits, soft)], soft)
+    if soft:
+        stats.lse.fill_(-torch.inf)
     else:
-        check_range(target, classes, ignore_index)
-        lse, mass = torch.where(target == ignore_index, zeros, -torch.inf), None
-    index = torch.full_like(zeros, -1, dtype=torch.int64)
-    return Stats(
-        lse,
-        zeros.clone(),
-        mass,
-        zeros.clone() if wsum else None,
-        zeros.clone() if entropy else None,
-        index if argmax else None,
-    )
+        check_range(target, spec.classes or 0, spec.ignore_index)
+        stats.lse.masked_fill_(target != spec.ignore_index, -torch.inf)
+    return stats if stats.argmax is None else stats._replace(argmax=stats.argmax.fill_(-1))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,17 +10,17 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _layout, _objective
-from ._autograd import Wanted, row_stats, watched
-from ._backends import Reading, compute_dtype
-from ._dtensor import distributed
+from . import _layout, _objective, _torch
+from ._autograd import row_stats
+from ._dtensor import distributed, on_logits
 from ._exchange import excused
 from ._parallel import parallel_stats
 from ._plain import Mean, plain_loss
+from ._records import RowSpec, Stats, Wanted, compute_dtype
 
 
 @_layout.overridable
-@distributed
+@distributed(on_logits)
 def cross_entropy(
     input: Float[Tensor, "..."],
     target: Shaped[Tensor, "..."],
@@ -130,22 +131,22 @@ def cross_entropy(
         _layout.check_weight(weight, logits.shape[1], logits, soft, sharded=group is not None)
         _layout.check_normalizer_device(normalizer, logits)
 
-    reading = Reading(ignore_index, logit_scale, softcap)
-    wanted = Wanted(wsum=smooth, inplace=inplace_backward)
+    spec, wanted = RowSpec(ignore_index, logit_scale, softcap), Wanted(wsum=smooth)
     dtype = loss_dtype or _layout.result_dtype(input)
     plain = group is None and reduction == "mean" and weight is None and not (soft or smooth or z_loss)
     constant = not (isinstance(normalizer, Tensor) and normalizer.requires_grad)
-    if plain and constant and not watched(logits):
-        return plain_loss(logits, y, Mean(normalizer, on_empty, dtype), reading, wanted)
+    seen = _torch.is_redirected(logits, y) or _torch.forward_mode_is_on()
+    if plain and constant and not seen:
+        return plain_loss(logits, y, Mean(normalizer, on_empty, dtype), spec, inplace_backward)
 
     if group is None:
         C: int | Tensor = logits.shape[1]
         class_weight = weight.to(compute_dtype(logits)) if weight is not None and (soft or smooth) else None
-        stats = row_stats(logits, y, class_weight, reading, wanted)
+        stats = row_stats(logits, y, class_weight, spec, wanted, inplace_backward)
         row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore_index)
         weight_sum = C if weight is None else weight.sum(dtype=stats.lse.dtype)
     else:
-        stats, C, row_weight, weight_sum = parallel_stats(logits, y, weight, group, reading, wanted)
+        stats, C, row_weight, weight_sum = parallel_stats(logits, y, weight, group, spec, wanted, inplace_backward)
     losses = _objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss)
 
     if reduction == "none":
@@ -187,9 +188,18 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None
     prediction: Tensor | None
 
+    @classmethod
+    def _of(cls, stats: Stats, dtype: torch.dtype, shaped: Callable[[Tensor], Tensor]) -> TokenStats:
+        return cls(
+            log_prob=shaped((stats.picked - stats.lse).to(dtype)),
+            lse=shaped((stats.top + stats.lse).to(dtype)),
+            entropy=None if stats.entropy is None else shaped(stats.entropy.to(dtype)),
+            prediction=None if stats.argmax is None else shaped(stats.argmax),
+        )
+
 
 @_layout.overridable
-@distributed
+@distributed(on_logits)
 def token_stats(
     input: Float[Tensor, "..."],
     target: Integer[Tensor, "..."],
@@ -258,15 +268,9 @@ def token_stats(
             raise ValueError(
                 f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
             )
-    reading, wanted = Reading(ignore_index, logit_scale, softcap), Wanted(entropy=entropy, argmax=prediction)
+    spec, wanted = RowSpec(ignore_index, logit_scale, softcap), Wanted(entropy=entropy, argmax=prediction)
     if group is None:
-        stats = row_stats(logits, y, None, reading, wanted)
+        stats = row_stats(logits, y, None, spec, wanted)
     else:
-        stats = parallel_stats(logits, y, None, group, reading, wanted).stats
-    dtype = compute_dtype(logits)
-    return TokenStats(
-        log_prob=(stats.picked - stats.lse).to(dtype).view(shape),
-        lse=stats.lse.to(dtype).view(shape),
-        entropy=None if stats.entropy is None else stats.entropy.to(dtype).view(shape),
-        prediction=None if stats.argmax is None else stats.argmax.view(shape),
-    )
+        stats = parallel_stats(logits, y, None, group, spec, wanted).stats
+    return TokenStats._of(stats, compute_dtype(logits), lambda numbers: numbers.view(shape))

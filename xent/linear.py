@@ -8,17 +8,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _layout, _linear_layout, _objective
-from ._backends import Reading, statistics_dtype
 from ._blocks import Head
-from ._dtensor import distributed
+from ._dtensor import distributed, on_head
 from ._exchange import excused
 from ._linear import linear_loss, linear_stats
 from ._parallel_linear import parallel_linear_stats
+from ._records import RowSpec, statistics_dtype
 from .functional import TokenStats
 
 
 @_layout.overridable
-@distributed
+@distributed(on_head)
 def linear_cross_entropy(
     input: Float[Tensor, "... D"],
     linear_weight: Float[Tensor, "C ... D"],
@@ -56,7 +56,7 @@ def linear_cross_entropy(
         input: hidden states `(..., D)`, of any floating dtype.
         linear_weight: `(C, D)`, of input's dtype (under autocast any). Or `(C, d1, ..., D)`, a head for each index of
             the further dimensions, for input `(N, D)`.
-        target: class indices `(...)` in `[0, C)`; or probabilities `(..., C)`, which may not require grad. With
+        target: class indices `(...)` in `[0, C)`; or probabilities `(..., C)`, which may require grad. With
             further dimensions `(N, d1, ...)` or `(N, C, d1, ...)`.
         linear_bias: `(C)` or `(C, d1, ...)`, added to the logits; -inf masks a class.
         weight: `(C,)`, a weight for each class.
@@ -79,7 +79,7 @@ def linear_cross_entropy(
         TypeError: an argument is not of its type, or a DTensor that is not gathered.
         ValueError: shapes do not fit each other, or an option is out of its range.
         IndexError: a target is outside `[0, C)` and not `ignore_index`.
-        RuntimeError: dtypes or devices differ; `weight` or a probability target requires grad.
+        RuntimeError: dtypes or devices differ; `weight` requires grad.
         NotImplementedError: under vmap and forward-mode differentiation; and when a gradient that was computed with
             `create_graph=True` is differentiated again.
 
@@ -113,7 +113,7 @@ def linear_cross_entropy(
         if group is not None and linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D) over a group, got {tuple(linear_weight.shape)}")
 
-    head = Head(Reading(ignore, logit_scale, softcap), rows.dtype, budget, rows.shift, label_smoothing, z_loss)
+    head = Head(RowSpec(ignore, logit_scale, softcap), rows.dtype, budget, rows.shift, label_smoothing, z_loss)
     dtype = loss_dtype or _layout.result_dtype(input)
     if group is not None or reduction == "none":
         losses, row_weight = [], None
@@ -134,8 +134,8 @@ def linear_cross_entropy(
 
     row_weight = None if weight is None or soft else _objective.row_weights(_targets(rows), weight, ignore)
     divisor = _divisor(rows, reduction, row_weight, ignore, normalizer, on_empty)
-    scale = 1 / divisor.detach().to(statistics_dtype(input.device))
-    total = torch.stack([linear_loss(hidden, W, b, y, scale, weight, head) for W, b, y in rows.heads]).sum()
+    factor = 1 / divisor.detach().to(statistics_dtype(input.device))
+    total = torch.stack([linear_loss(hidden, W, b, y, factor, weight, head) for W, b, y in rows.heads]).sum()
     if divisor.requires_grad:
         total = total * (divisor.detach() / divisor)
     return total.to(dtype)
@@ -168,7 +168,7 @@ def _divisor(
 
 
 @_layout.overridable
-@distributed
+@distributed(on_head)
 def linear_token_stats(
     input: Float[Tensor, "... D"],
     linear_weight: Float[Tensor, "C D"],
@@ -233,20 +233,14 @@ def linear_token_stats(
             raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
         if y.is_floating_point():
             raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
-    reading = Reading(ignore_index, logit_scale, softcap)
-    head = Head(reading, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction)
+    spec = RowSpec(ignore_index, logit_scale, softcap)
+    head = Head(spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction)
     if group is None:
         stats = linear_stats(rows.hidden, weight, bias, y, None, head)
     else:
         stats = parallel_linear_stats(rows.hidden, weight, bias, y, None, head, group).stats
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-
-    return TokenStats(
-        log_prob=_shaped((stats.picked - stats.lse).to(dtype), rows),
-        lse=_shaped(stats.lse.to(dtype), rows),
-        entropy=None if stats.entropy is None else _shaped(stats.entropy.to(dtype), rows),
-        prediction=None if stats.argmax is None else _shaped(stats.argmax, rows),
-    )
+    return TokenStats._of(stats, dtype, lambda numbers: _shaped(numbers, rows))
 
 
 def _shaped(numbers: Tensor, rows: _linear_layout.LinearRows) -> Tensor:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import Stats, advise_huge_pages, check_range, compute_dtype, scores, slope, split, statistics_dtype
+from .._records import RowSpec, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
+from . import advise_huge_pages, check_range, scores, slope
 
 CACHE_BYTES = 2 << 20  # of scores per block: what the second-level caches of a few cores hold twice
 
@@ -24,43 +25,28 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
     return None
 
 
-def lse_and_pick(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    start: int,
-    classes: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    class_weight: Tensor | None,
-    want_wsum: bool,
-    want_entropy: bool,
-    want_argmax: bool,
-) -> Stats:
-    """See `xent._primitives.lse_and_pick`."""
-    N, C = logits.shape
+def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
+    """See `xent._primitives.row_statistics`."""
     dtype = statistics_dtype(logits.device)
-    zeros = torch.zeros(N, dtype=dtype, device=logits.device)
+    zeros = torch.zeros(len(logits), dtype=dtype, device=logits.device)
     soft = target.is_floating_point()
     if not soft:
-        check_range(target, classes, ignore_index)
-        y, here = _local(target, start, C)
+        check_range(target, spec.classes or 0, spec.ignore_index)
+        y, here = _local(target, spec.start, logits.shape[1])
 
-    m, s = zeros.clone(), zeros + 1  # a row that is never read has lse = log 1 + 0
+    top, s = zeros.clone(), zeros + 1  # a row that is never read has lse = log 1
     picked, mass = zeros.clone(), zeros.clone() if soft else None
-    wsum = zeros.clone() if want_wsum else None
-    eu = zeros.clone() if want_entropy else None
-    argmax = torch.full_like(zeros, -1, dtype=torch.int64) if want_argmax else None
-    for rows in _blocks(logits, target, ignore_index):
-        z = scores(logits[rows], scale, softcap)
+    wsum = zeros.clone() if wanted.wsum else None
+    eu = zeros.clone() if wanted.entropy else None
+    argmax = torch.full_like(zeros, -1, dtype=torch.int64) if wanted.argmax else None
+    for rows in _blocks(logits, target, spec.ignore_index):
+        z = scores(logits[rows], spec.scale, spec.softcap)
         peak = z.amax(1)
-        peak = peak.masked_fill_(peak == -torch.inf, 0)  # a row of -inf: exp(-inf - 0), not exp(-inf - -inf)
-        m[rows] = peak.to(dtype)
+        peak = torch.where(peak.isfinite(), peak, 0)  # a row of -inf: exp(-inf - 0), not exp(-inf - -inf)
+        top[rows] = peak.to(dtype)
         u = z - peak[:, None]
-        # Weighted sums are taken of u, whose decimals survive a common offset of the logits; m is added at the end.
         if mass is None:
-            picked[rows] = z.gather(1, y[rows, None])[:, 0].to(dtype)
+            picked[rows] = u.gather(1, y[rows, None])[:, 0].to(dtype)
         else:
             q = _weighted(target[rows].to(u.dtype), class_weight)
             mass[rows] = q.sum(1, dtype=dtype)
@@ -75,56 +61,52 @@ def lse_and_pick(
             eu[rows] = _dot(e, u, dtype)
         del z, u, e  # so that the next block gets the same memory, which is in the cache and need not be faulted in
 
-    lse = s.log() + m
-    if wsum is not None:
-        wsum += m * (C if class_weight is None else class_weight.sum(dtype=dtype))
-    entropy = None if eu is None else s.log() - eu / s  # -sum_c p_c (u_c - log s)
+    lse = s.log().masked_fill_(s.isposinf(), torch.nan)  # of a row with +inf
+    entropy = None if eu is None else lse - eu / s  # -sum_c p_c (u_c - log s)
     if mass is not None:
-        return Stats(lse, picked + m * mass, mass, wsum, entropy, argmax)
+        return Stats(top, lse, picked, mass, wsum, entropy, argmax)
 
-    stats = Stats(lse, torch.where(here, picked, 0), None, wsum, entropy, argmax)
-    ignored = target == ignore_index
+    stats = Stats(top, lse, torch.where(here, picked, 0), None, wsum, entropy, argmax)
+    ignored = target == spec.ignore_index
     return Stats(*[None if n is None else n.masked_fill(ignored, -1 if n is argmax else 0) for n in stats])  # type: ignore[arg-type]
 
 
-def logits_grad(
+def row_gradient(
     logits: Tensor,
     target: Tensor,
+    top: Tensor,
     lse: Tensor,
-    g_lse: Tensor,
-    g_picked: Tensor,
-    g_wsum: Tensor | None,
-    g_entropy: Tensor | None,
-    *,
-    start: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
+    upstream: Upstream,
+    spec: RowSpec,
     class_weight: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """See `xent._primitives.logits_grad`."""
+    """See `xent._primitives.row_gradient`."""
     if out is None:
         out = advise_huge_pages(torch.empty_like(logits, memory_format=torch.contiguous_format))
     dtype = compute_dtype(logits)
-    high, low = split(lse, dtype)
-    # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - high and all of low in the two row vectors.
-    h = None if g_entropy is None else g_entropy.to(dtype)[:, None]
-    a = (g_lse.to(dtype)[:, None] + (0 if h is None else h * low)) * torch.exp(-low)
-    h = None if h is None else h * torch.exp(-low)
-    g = g_picked.to(dtype)[:, None]
-    b = None if g_wsum is None else g_wsum.to(dtype)[:, None]
+
+    def column(numbers: Tensor) -> Tensor:
+        return numbers.to(dtype)[:, None]
+
+    # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - top, and lse in the two numbers of the row.
+    base, factor = column(top), torch.exp(-lse)
+    g_entropy = upstream.entropy
+    a = column((upstream.lse + (0 if g_entropy is None else g_entropy * lse)) * factor)
+    h = None if g_entropy is None else column(g_entropy * factor)
+    g = column(upstream.picked)
+    b = None if upstream.wsum is None else column(upstream.wsum)
     soft = target.is_floating_point()
     if not soft:
-        y, here = _local(target, start, logits.shape[1])
+        y, here = _local(target, spec.start, logits.shape[1])
         y, g = y[:, None], g.masked_fill(~here[:, None], 0)
-    plain = scale == 1 and softcap is None
+    plain = spec.scale == 1 and spec.softcap is None
     drop = soft or _can_drop(logits)
-    for rows in _blocks(logits, target, ignore_index):
-        z = scores(logits[rows], scale, softcap)
+    for rows in _blocks(logits, target, spec.ignore_index):
+        z = scores(logits[rows], spec.scale, spec.softcap)
         # Straight into the result where its rows are at hand and z is not needed again: no copy at the end.
         direct = drop and plain and h is None and out.dtype == dtype and isinstance(rows, slice)
-        t = torch.sub(z, high[rows], out=out[rows] if direct else None)
+        t = torch.sub(z, base[rows], out=out[rows] if direct else None)
         if h is None:
             d = t.exp_().mul_(a[rows])
         else:  # p log p is 0 where p is 0: the clamp keeps 0 * -inf out
@@ -136,14 +118,14 @@ def logits_grad(
         if b is not None:
             d += _weighted(b[rows], class_weight)
         if not plain:
-            d *= slope(z, scale, softcap)
+            d *= slope(z, spec.scale, spec.softcap)
         if not drop:
-            d = torch.where((target == ignore_index)[:, None], 0, d)
+            d = torch.where((target == spec.ignore_index)[:, None], 0, d)
         if not direct:
             out[rows] = d.to(out.dtype)
         del z, t, d
     if not soft and drop:
-        out[(target == ignore_index).nonzero()[:, 0]] = 0
+        out[(target == spec.ignore_index).nonzero()[:, 0]] = 0
     return out
 
 

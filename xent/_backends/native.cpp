@@ -165,13 +165,13 @@ bool unreadable(const Call& c, std::initializer_list<const void*> others) {
 constexpr int64_t TINY = 4096;  // logits: below, another thread does not wait long enough to be worth a handover
 
 PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 23)) return nullptr;
+    if (wrong_count(count, 24)) return nullptr;
     Arguments a{args};
     Call c = read_call(a);
     const int64_t dtype = a.integer(), threads = a.integer(), classes = a.integer();
-    c.lse = a.address<double>(), c.picked = a.address<double>(), c.mass = a.address<double>();
-    c.wsum = a.address<double>(), c.entropy = a.address<double>(), c.argmax = a.address<int64_t>();
-    if (unreadable(c, {c.lse, c.picked})) return nullptr;
+    c.top = a.address<double>(), c.lse = a.address<double>(), c.picked = a.address<double>();
+    c.mass = a.address<double>(), c.wsum = a.address<double>(), c.entropy = a.address<double>(), c.argmax = a.address<int64_t>();
+    if (unreadable(c, {c.top, c.lse, c.picked})) return nullptr;
     PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
     const int64_t bad = bad_target(c, classes);
     if (bad < 0) statistics(c, dtype, unsigned(threads));
@@ -180,16 +180,16 @@ PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 31)) return nullptr;
+    if (wrong_count(count, 33)) return nullptr;
     Arguments a{args};
     Call c = read_call(a);
     const int64_t dtype = a.integer(), threads = a.integer();
-    c.lse_in = a.per_row(), c.g_lse = a.per_row(), c.g_picked = a.per_row();
-    c.g_wsum = a.per_row(), c.g_entropy = a.per_row();
+    c.top_in = a.per_row(), c.lse_in = a.per_row(), c.g_lse = a.per_row();
+    c.g_picked = a.per_row(), c.g_wsum = a.per_row(), c.g_entropy = a.per_row();
     c.out = a.matrix();
     const int64_t itemsize = a.integer(), fresh = a.integer();
     const void* out = c.C > 0 ? c.out.data : c.lse_in.data;
-    if (unreadable(c, {c.lse_in.data, c.g_lse.data, c.g_picked.data, out})) return nullptr;
+    if (unreadable(c, {c.top_in.data, c.lse_in.data, c.g_lse.data, c.g_picked.data, out})) return nullptr;
     PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
     prepare_out(c, c.N * c.C * itemsize, fresh != 0);
     fresh ? cut_fresh(c, threads) : cut(c);
@@ -210,11 +210,11 @@ PyObject* py_mean(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const double upstream = a.real();
     double* nll = a.address<double>();
     c.out = a.matrix();
-    double* numbers = static_cast<double*>(PyMem_Malloc(size_t(2 * c.N + 1) * sizeof(double)));
+    double* numbers = static_cast<double*>(PyMem_Malloc(size_t(3 * c.N + 1) * sizeof(double)));
     if (!numbers) return PyErr_NoMemory();
     PyObject* result = nullptr;
     if (!unreadable(c, {})) {
-        c.lse = numbers, c.picked = numbers + c.N;
+        c.top = numbers, c.lse = numbers + c.N, c.picked = numbers + 2 * c.N;
         PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
         const bool bad = bad_target(c, classes) >= 0;
         if (!bad) {
@@ -226,7 +226,7 @@ PyObject* py_mean(PyObject*, PyObject* const* args, Py_ssize_t count) {
             }
             if (!given) divisor = double(counted > least ? counted : least);
             const double share = upstream / divisor, minus = -share;
-            c.lse_in = {c.lse, 1}, c.g_lse = {&share, 0}, c.g_picked = {&minus, 0};
+            c.top_in = {c.top, 1}, c.lse_in = {c.lse, 1}, c.g_lse = {&share, 0}, c.g_picked = {&minus, 0};
             if (c.out.data) run(kernels->gradient[dtype], c, 1);
         }
         if (state) PyEval_RestoreThread(state);

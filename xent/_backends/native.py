@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import Stats, check_range, compute_dtype
+from .._records import RowSpec, Stats, Upstream, Wanted, compute_dtype
+from . import check_range
 
 try:
     from . import _native  # type: ignore[attr-defined]
@@ -37,86 +39,50 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def lse_and_pick(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    start: int,
-    classes: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    class_weight: Tensor | None,
-    want_wsum: bool,
-    want_entropy: bool,
-    want_argmax: bool,
-) -> Stats:
-    """See `xent._primitives.lse_and_pick`."""
+def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
+    """See `xent._primitives.row_statistics`."""
     kind = _taken(logits, target)
     N, C = logits.shape
-    row_stride, class_stride = logits.stride()
-    target_strides = target.stride()  # of an index target only the first counts
     weight = None if class_weight is None else _class_weight(logits, class_weight)
-    lse = logits.new_empty(N, dtype=FLOAT64)
-    picked = torch.empty_like(lse)
-    mass = torch.empty_like(lse) if kind >= SOFT else None
-    wsum = torch.empty_like(lse) if want_wsum else None
-    entropy = torch.empty_like(lse) if want_entropy else None
-    argmax = logits.new_empty(N, dtype=torch.int64) if want_argmax else None
+    stats = wanted.unpack(wanted.empty(logits, kind >= SOFT), kind >= SOFT)
     bad = _native.statistics(
-        N, C, logits.data_ptr(), row_stride, class_stride, target.data_ptr(), target_strides[0], target_strides[-1],
-        kind, start, ignore_index, scale, softcap or 0.0, 0 if weight is None else weight.data_ptr(),
-        LOGITS[logits.dtype], torch.get_num_threads() if N * C >= THREADED else 1, classes,
-        lse.data_ptr(), picked.data_ptr(),
-        0 if mass is None else mass.data_ptr(),
-        0 if wsum is None else wsum.data_ptr(),
-        0 if entropy is None else entropy.data_ptr(),
-        0 if argmax is None else argmax.data_ptr(),
+        *_read(logits, target, kind, spec), 0 if weight is None else weight.data_ptr(),
+        LOGITS[logits.dtype], torch.get_num_threads() if N * C >= THREADED else 1, spec.classes,
+        *[0 if stat is None else stat.data_ptr() for stat in stats],
     )  # fmt: skip
     if bad >= 0:
-        check_range(target, classes, ignore_index)  # raises
-    return Stats(lse, picked, mass, wsum, entropy, argmax)
+        check_range(target, spec.classes or 0, spec.ignore_index)  # raises
+    return stats
 
 
-def logits_grad(
+def row_gradient(
     logits: Tensor,
     target: Tensor,
+    top: Tensor,
     lse: Tensor,
-    g_lse: Tensor,
-    g_picked: Tensor,
-    g_wsum: Tensor | None,
-    g_entropy: Tensor | None,
-    *,
-    start: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
+    upstream: Upstream,
+    spec: RowSpec,
     class_weight: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """See `xent._primitives.logits_grad`."""
+    """See `xent._primitives.row_gradient`."""
     kind = _taken(logits, target)
     N, C = logits.shape
-    row_stride, class_stride = logits.stride()
-    target_strides = target.stride()  # of an index target only the first counts
     weight = None if class_weight is None else _class_weight(logits, class_weight)
-    lse, g_lse, g_picked = _per_row("lse", lse, N), _per_row("g_lse", g_lse, N), _per_row("g_picked", g_picked, N)
-    g_wsum = None if g_wsum is None else _per_row("g_wsum", g_wsum, N)
-    g_entropy = None if g_entropy is None else _per_row("g_entropy", g_entropy, N)
+    names = ("top", "lse", "g_lse", "g_picked", "g_wsum", "g_entropy")
+    numbers = [
+        None if x is None else _per_row(name, x, N) for name, x in zip(names, (top, lse, *upstream), strict=True)
+    ]
     fresh = out is None
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     else:
         _check_out(out, logits, target)
-    out_strides = out.stride()
     _native.gradient(
-        N, C, logits.data_ptr(), row_stride, class_stride, target.data_ptr(), target_strides[0], target_strides[-1],
-        kind, start, ignore_index, scale, softcap or 0.0, 0 if weight is None else weight.data_ptr(),
+        *_read(logits, target, kind, spec), 0 if weight is None else weight.data_ptr(),
         LOGITS[logits.dtype], torch.get_num_threads() if N * C >= THREADED else 1,
-        lse.data_ptr(), lse.stride()[0], g_lse.data_ptr(), g_lse.stride()[0], g_picked.data_ptr(), g_picked.stride()[0],
-        0 if g_wsum is None else g_wsum.data_ptr(), 0 if g_wsum is None else g_wsum.stride()[0],
-        0 if g_entropy is None else g_entropy.data_ptr(), 0 if g_entropy is None else g_entropy.stride()[0],
-        out.data_ptr(), out_strides[0], out_strides[1], out.itemsize, fresh,
+        *[part for x in numbers for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(0)))],
+        out.data_ptr(), *out.stride(), out.itemsize, fresh,
     )  # fmt: skip
     return out
 
@@ -124,12 +90,10 @@ def logits_grad(
 def mean_of_few(
     logits: Tensor,
     target: Tensor,
+    spec: RowSpec,
     *,
     divisor: float | None,
     least: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
     upstream: float | None,
     out: Tensor | None,
 ) -> Tensor | None:
@@ -140,7 +104,6 @@ def mean_of_few(
     if kind >= SOFT:
         raise TypeError(f"takes class indices, got {target.dtype} targets")
     N, C = logits.shape
-    row_stride, class_stride = logits.stride()
     nll = None
     if upstream is None:
         nll, out = logits.new_empty(N, dtype=FLOAT64), None
@@ -148,15 +111,23 @@ def mean_of_few(
         _check_out(out, logits, target)
     else:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    out_strides = (0, 1) if out is None else out.stride()
     found = _native.mean(
-        N, C, logits.data_ptr(), row_stride, class_stride, target.data_ptr(), target.stride(0), 0, kind, 0,
-        ignore_index, scale, softcap or 0.0, 0, LOGITS[logits.dtype], C, divisor is not None, least, divisor or 0.0,
-        upstream or 0.0, 0 if nll is None else nll.data_ptr(), 0 if out is None else out.data_ptr(), *out_strides,
+        *_read(logits, target, kind, spec), 0, LOGITS[logits.dtype], C, divisor is not None, least, divisor or 0.0,
+        upstream or 0.0, 0 if nll is None else nll.data_ptr(),
+        *((0, 0, 1) if out is None else (out.data_ptr(), *out.stride())),
     )  # fmt: skip
     if found is None:
-        check_range(target, C, ignore_index)  # raises
+        check_range(target, C, spec.ignore_index)  # raises
     return out if nll is None else nll.sum() / found
+
+
+def _read(logits: Tensor, target: Tensor, kind: int, spec: RowSpec) -> tuple[Any, ...]:
+    """What each call begins with. Of an index target only the first stride counts."""
+    strides = target.stride()
+    return (
+        *logits.shape, logits.data_ptr(), *logits.stride(), target.data_ptr(), strides[0], strides[-1],
+        kind, spec.start, spec.ignore_index, spec.scale, spec.softcap or 0.0,
+    )  # fmt: skip
 
 
 def _kind(logits: Tensor, target: Tensor) -> int | str:

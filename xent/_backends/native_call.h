@@ -29,8 +29,9 @@ struct PerRow {  // one number per row, stride 0 where it is the same for all; w
 // The sums over the classes seen so far of one row, in terms of t = z - max.
 struct Found {
     double max = -INF;
-    double sum = 0, tilt = 0;  //               sum e^t, sum e^t t
-    double picked = 0, mass = 0, wsum = 0;  //  as in _primitives.Stats
+    double sum = 0, tilt = 0;  //       sum e^t, sum e^t t
+    double picked = 0, mass = 0;  //    sum k t and sum k, with k = q w; of an index target z_y and 0
+    double wsum = 0, weights = 0;  //   sum w t, sum w
     int64_t argmax = 0;
 };
 
@@ -42,11 +43,11 @@ struct Call {
     const void* weight;     // (C,) in the type of the arithmetic, or null
 
     // Statistics: null where they are not wanted.
-    double *lse, *picked, *mass, *wsum, *entropy;
+    double *top, *lse, *picked, *mass, *wsum, *entropy;
     int64_t* argmax;
 
     // Gradient.
-    PerRow lse_in, g_lse, g_picked, g_wsum, g_entropy;
+    PerRow top_in, lse_in, g_lse, g_picked, g_wsum, g_entropy;
     Matrix out;
     bool past_caches;                      // `out` is in no cache
     const char *zeros_begin, *zeros_end;  // the part of `out` that holds zeros as it is
@@ -78,6 +79,8 @@ inline void rebase(Found& f, double max) {
         const double d = f.max - max, factor = std::exp(d);
         f.tilt = factor * (f.tilt + d * f.sum);
         f.sum *= factor;
+        f.picked += f.mass * d;
+        f.wsum += f.weights * d;
     }
     f.max = max;
 }
@@ -95,15 +98,23 @@ inline void merge(Found& f, Found later) {
     f.picked += later.picked;
     f.mass += later.mass;
     f.wsum += later.wsum;
+    f.weights += later.weights;
 }
 
 inline void finish(const Call& c, int64_t row, Found f) {
-    if (c.ignored(row)) {
+    const bool ignored = c.ignored(row);
+    if (ignored) {
         f = Found();
-        f.max = 0, f.sum = 1, f.argmax = -1;  // lse = 0 + log 1
+        f.max = 0, f.sum = 1, f.argmax = -1;  // lse = log 1
     }
     const double log_sum = std::log(f.sum);
-    c.lse[row] = f.max + log_sum;
+    const double top = std::isfinite(f.max) ? f.max : 0;
+    if (!c.soft()) {
+        const int64_t y = c.y(row) - c.start;
+        f.picked = ignored || y < 0 || y >= c.C ? 0 : f.picked - top;
+    }
+    c.top[row] = top;
+    c.lse[row] = log_sum;
     c.picked[row] = f.picked;
     if (c.mass) c.mass[row] = f.mass;
     if (c.wsum) c.wsum[row] = f.wsum;

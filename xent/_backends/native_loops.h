@@ -100,45 +100,45 @@ LOOP int find(const F* z, int n, F value) {
     return first;
 }
 
-// sum k and sum k z with the coefficients k = q w, either of which may be missing.
+// sum k and sum k (z - base) with the coefficients k = q w, either of which may be missing.
 template <class F>
-LOOP void dot(const F* q, const F* w, const F* z, int n, double& mass, double& total) {
+LOOP void dot(const F* q, const F* w, const F* z, int n, double base, double& mass, double& total) {
     double m = 0, s = 0;
 #pragma omp simd reduction(+ : m, s)
     for (int i = 0; i < n; ++i) {
         const double k = (q ? double(q[i]) : 1) * (w ? double(w[i]) : 1);
         m += k;
-        s += k == 0 ? 0 : k * double(z[i]);  // not 0 * inf
+        s += k == 0 ? 0 : k * (double(z[i]) - base);  // not 0 * inf
     }
     mass += m;
     total += s;
 }
 
-// d = p (a - h log p) with p = e^(z - high); see `write_gradient` for the rest of lse, and `sum_exp` for the prefetch.
+// d = e^t (a - h t) with t = z - top; see `write_gradient` for a and h, and `sum_exp` for the prefetch.
 // By way of `p`, since d may lie over z, and a compiler that cannot rule that out leaves the loop as it is.
 template <bool TILT, class F>
-INLINE void softmax_of_lanes(F high, F a, F h, F* p) {
+INLINE void softmax_of_lanes(F top, F a, F h, F* p) {
 #pragma omp simd
     for (int k = 0; k < LANES; ++k) {
-        const F t = p[k] - high, e = exponential(t);
+        const F t = p[k] - top, e = exponential(t);
         p[k] = TILT ? e * (a - h * (t < -1000 ? -1000 : t)) : e * a;
     }
 }
 
 template <bool TILT, class F>
-LOOP void softmax(const F* z, int n, F high, F a, F h, F* d, const char* logits, int size) {
+LOOP void softmax(const F* z, int n, F top, F a, F h, F* d, const char* logits, int size) {
     int i = 0;
     for (; i + LANES <= n; i += LANES) {
         PREFETCH(logits + i * size + AHEAD, 2);
         F p[LANES];
         for (int k = 0; k < LANES; ++k) p[k] = z[i + k];
-        softmax_of_lanes<TILT>(high, a, h, p);
+        softmax_of_lanes<TILT>(top, a, h, p);
         for (int k = 0; k < LANES; ++k) d[i + k] = p[k];
     }
     if (i < n) {
         F p[LANES] = {};
         for (int k = 0; k < n - i; ++k) p[k] = z[i + k];
-        softmax_of_lanes<TILT>(high, a, h, p);
+        softmax_of_lanes<TILT>(top, a, h, p);
         for (int k = 0; k < n - i; ++k) d[i + k] = p[k];
     }
 }

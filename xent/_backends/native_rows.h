@@ -97,10 +97,10 @@ INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int 
     const F* z = scores(c, x, n, z_buffer, true);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
     add_exp(c, found, x, z, n, at);
-    double unused = 0;
-    if (c.wsum) dot<F>(nullptr, w, z, n, unused, found.wsum);
+    const double base = std::isfinite(found.max) ? found.max : 0;
+    if (c.wsum) dot<F>(nullptr, w, z, n, base, found.weights, found.wsum);
     if (c.soft()) {
-        dot(probabilities(c, row, at, n, q_buffer), w, z, n, found.mass, found.picked);
+        dot(probabilities(c, row, at, n, q_buffer), w, z, n, base, found.mass, found.picked);
     } else {
         const int64_t y = c.y(row) - c.start - at;
         if (0 <= y && y < n) found.picked = z[y];
@@ -108,7 +108,7 @@ INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int 
 }
 
 template <class T, class F>
-INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F high, F a, F h) {
+INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F top, F a, F h) {
     F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
     const T* x = c.logits.at<T>(row, at);
     const char* logits = reinterpret_cast<const char*>(x);
@@ -122,14 +122,14 @@ INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F high
     const double z_y = here ? z[y] : 0;  // read before d, which may lie over z, is written
 
     if (c.g_entropy.data)
-        softmax<true>(z, n, high, a, h, d, logits, int(sizeof(T)));
+        softmax<true>(z, n, top, a, h, d, logits, int(sizeof(T)));
     else
-        softmax<false>(z, n, high, a, h, d, logits, int(sizeof(T)));
+        softmax<false>(z, n, top, a, h, d, logits, int(sizeof(T)));
     if (c.soft()) add_weighted(F(c.g_picked[row] * c.scale), probabilities(c, row, at, n, q_buffer), w, n, d);
     if (c.g_wsum.data) add_weighted<F>(F(c.g_wsum[row] * c.scale), nullptr, w, n, d);
     if (c.softcap != 0) multiply_slope(z, n, F(c.softcap), d);
     if (here) {  // p - 1 may be tiny: all of it in double, rounded once
-        const double t = z_y - c.lse_in[row], u = c.softcap == 0 ? 0 : z_y / c.softcap;
+        const double t = z_y - c.top_in[row] - c.lse_in[row], u = c.softcap == 0 ? 0 : z_y / c.softcap;
         const double p_term = t < -1000 ? 0 : std::exp(t) * (c.g_lse[row] - c.g_entropy[row] * t);
         const double dz = p_term + c.g_picked[row] + c.g_wsum[row] * (w ? double(w[y]) : 1);
         d[y] = F(dz * c.scale * (1 - u * u));
@@ -160,18 +160,15 @@ INLINE void clear(const Call& c, int64_t row, int64_t at, int64_t end) {
         std::memset(out, 0, size_t(bytes));
 }
 
-// lse = high + low, high what F can hold. z - high is exact where it matters, and what is left is a factor per row:
-// p (g - e log p) = e^(z - high) e^-low (g + e low - e (z - high)) = e^(z - high) (a - h (z - high)).
+// p (g - e log p) = e^t (a - h t) with t = z - top, and lse in the two factors of the row, which are taken in double.
 template <class T>
 INLINE void write_gradient(const Call& c, int64_t row, int64_t at, int64_t end) {
     if (c.ignored(row)) return clear<T>(c, row, at, end);
     if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row, at)), (end - at) * int64_t(sizeof(T)));
     using F = Compute<T>;
-    const F high = F(c.lse_in[row]);
-    const double rest = c.lse_in[row] - double(high), low = rest == rest ? rest : 0;  // an infinite lse has none
-    const double factor = std::exp(-low) * c.scale, g_entropy = c.g_entropy[row];
-    const F a = F((c.g_lse[row] + g_entropy * low) * factor), h = F(g_entropy * factor);
-    for (; at < end; at += CHUNK) gradient_chunk<T>(c, row, at, chunk(end - at), high, a, h);
+    const double lse = c.lse_in[row], factor = std::exp(-lse) * c.scale, g_entropy = c.g_entropy[row];
+    const F a = F((c.g_lse[row] + g_entropy * lse) * factor), h = F(g_entropy * factor);
+    for (; at < end; at += CHUNK) gradient_chunk<T>(c, row, at, chunk(end - at), F(c.top_in[row]), a, h);
 }
 
 // ------------------------------------------------------------------------------------------------- tasks

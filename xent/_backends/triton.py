@@ -35,7 +35,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import Stats, assert_on_device, check_range
+from .._records import RowSpec, Stats, Upstream, Wanted
+from . import assert_on_device, check_range
 
 try:
     import triton
@@ -44,8 +45,8 @@ except ImportError as error:
         f"triton cannot be imported ({error}); `pip install triton==3.7.1` is the one that torch 2.13 needs"
     ) from error
 
-from .triton_backward import logits_grad_kernel
-from .triton_forward import combine_kernel, lse_and_pick_kernel
+from .triton_backward import row_gradient_kernel
+from .triton_forward import combine_kernel, row_statistics_kernel
 from .triton_plan import choose, options, processors, share
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,82 +75,56 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
     return None
 
 
-def lse_and_pick(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    start: int,
-    classes: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    class_weight: Tensor | None,
-    want_wsum: bool,
-    want_entropy: bool,
-    want_argmax: bool,
-) -> Stats:
-    """See `xent._primitives.lse_and_pick`."""
+def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
+    """See `xent._primitives.row_statistics`."""
     N, C = logits.shape
+    ignore_index, scale, softcap, start, classes = spec
     soft = target.is_floating_point()
-    w = class_weight if soft or want_wsum else None
+    w = class_weight if soft or wanted.wsum else None
     w = None if w is None else w.contiguous()
-    how = replace(choose(logits, target, w, scale, softcap), wsum=want_wsum, entropy=want_entropy, argmax=want_argmax)
+    how = replace(choose(logits, target, w, scale, softcap), **wanted._asdict())
     splits, span = share(how, N, C, processors(logits.device))
 
-    lse = logits.new_empty(N, dtype=torch.float64)
-    picked = torch.empty_like(lse)
-    mass = torch.empty_like(lse) if soft else None
-    wsum = torch.empty_like(lse) if want_wsum else None
-    entropy = torch.empty_like(lse) if want_entropy else None
-    argmax = torch.empty_like(lse, dtype=torch.int64) if want_argmax else None
-    parts = lse.new_empty(FIELDS, N, splits) if splits > 1 else None
-    w_sum = None if not want_wsum else lse.new_full((), C) if w is None else w.sum(dtype=torch.float64)
-    in_range = None if soft else lse.new_ones((), dtype=torch.int32)
-    results = w_sum, lse, picked, mass, wsum, entropy, argmax
+    stats = wanted.unpack(wanted.empty(logits, soft), soft)
+    parts = stats.lse.new_empty(FIELDS, N, splits) if splits > 1 else None
+    in_range = None if soft else stats.lse.new_ones((), dtype=torch.int32)
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        lse_and_pick_kernel[triton.cdiv(N, how.R), splits](
-            logits, *logits.stride(), target, *_strides(target), w, *results, parts, in_range,
+        row_statistics_kernel[triton.cdiv(N, how.R), splits](
+            logits, *logits.stride(), target, *_strides(target), w, *stats, parts, in_range,
             N, C, start, classes, ignore_index, scale, softcap or 1.0, span, how, **options(how),
         )  # fmt: skip
         if parts is not None:
             how = replace(how, R=1, K=splits)
-            combine_kernel[(N,)](parts, target, target.stride(0), *results, N, C, start, ignore_index, how, num_warps=1)
+            combine_kernel[(N,)](parts, target, target.stride(0), *stats, N, C, start, ignore_index, how, num_warps=1)
     if in_range is not None and _on_device(logits):
-        assert_on_device(in_range, classes, ignore_index)
+        assert_on_device(in_range, classes or 0, ignore_index)
     elif in_range is not None and not in_range:
-        check_range(target, classes, ignore_index)  # raises
-    return Stats(lse, picked, mass, wsum, entropy, argmax)
+        check_range(target, classes or 0, ignore_index)  # raises
+    return stats
 
 
-def logits_grad(
+def row_gradient(
     logits: Tensor,
     target: Tensor,
+    top: Tensor,
     lse: Tensor,
-    g_lse: Tensor,
-    g_picked: Tensor,
-    g_wsum: Tensor | None,
-    g_entropy: Tensor | None,
-    *,
-    start: int,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
+    upstream: Upstream,
+    spec: RowSpec,
     class_weight: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """See `xent._primitives.logits_grad`."""
+    """See `xent._primitives.row_gradient`."""
     N, C = logits.shape
+    ignore_index, scale, softcap, start, _ = spec
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    w = class_weight if target.is_floating_point() or g_wsum is not None else None
+    w = class_weight if target.is_floating_point() or upstream.wsum is not None else None
     w = None if w is None else w.contiguous()
     how = choose(logits, target, w, scale, softcap, out)
     splits, span = share(how, N, C, processors(logits.device))
-    numbers = [
-        part for g in (lse, g_lse, g_picked, g_wsum, g_entropy) for part in ((g, 0) if g is None else (g, g.stride(0)))
-    ]
+    numbers = [part for g in (top, lse, *upstream) for part in ((g, 0) if g is None else (g, g.stride(0)))]
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        logits_grad_kernel[triton.cdiv(N, how.R), splits](
+        row_gradient_kernel[triton.cdiv(N, how.R), splits](
             logits, *logits.stride(), out, *out.stride(), target, *_strides(target), w, *numbers,
             N, C, start, ignore_index, scale, softcap or 1.0, span, how, **options(how),
         )  # fmt: skip

@@ -17,32 +17,27 @@ def number(of, stride, rows, counts):
 
 
 @triton.jit
-def coefficients(lse, g_lse, g_entropy, how: tl.constexpr):
-    """high, a and h, so that p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - high.
+def coefficients(top, lse, g_lse, g_entropy, how: tl.constexpr):
+    """top, a and h, so that p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - top.
 
-    lse = high + low: what F can hold of it, and the decimals that are left, which go into the factors of the row.
-    Probabilities stay exact where the logits are so large that float32 does not hold the decimals of lse.
+    lse is in the two factors of the row, which are taken in float64 and rounded once.
     """
-    high = lse.to(how.real)
-    low = (lse - high.to(tl.float64)).to(how.real)
-    low = tl.where(low == low, low, 0.0)  # inf - inf: an infinite lse has no decimals
-    a, h, factor = g_lse.to(how.real), None, exp(-low, how)
+    factor, h = tl.exp(-lse), None
     if g_entropy is not None:
-        h = g_entropy.to(how.real)
-        a += h * low
-        h = (h * factor)[:, None, None]
-    return high[:, None, None], (a * factor)[:, None, None], h
+        g_lse += g_entropy * lse
+        h = (g_entropy * factor).to(how.real)[:, None, None]
+    return top.to(how.real)[:, None, None], (g_lse * factor).to(how.real)[:, None, None], h
 
 
 @triton.jit
 def write(x, out, q, w, offset, column, there, counts, y, numbers, h, b, strides, bend,
           aligned: tl.constexpr, how: tl.constexpr):  # fmt: skip
-    """The gradient at `offset` from out: z' (exp(t) (a - h t) + g [c = y] + b w) with t = z - high, rounded once."""
-    high, a, g = numbers
+    """The gradient at `offset` from out: z' (exp(t) (a - h t) + g [c = y] + b w) with t = z - top, rounded once."""
+    top, a, g = numbers
     c_stride, out_stride, q_stride = strides
     x = tl.load(address(x, offset, c_stride, how.x_align, aligned), there & counts, 0.0)
     z, slope = scores(x, bend, how)
-    t = z - high
+    t = z - top
     if h is not None:
         a = a - h * tl.maximum(t, -1e4)  # p log p is 0 where p is 0: no 0 * -inf
     d = exp(t, how) * a
@@ -62,11 +57,12 @@ def write(x, out, q, w, offset, column, there, counts, y, numbers, h, b, strides
 
 
 @triton.jit(do_not_specialize=VARYING)
-def logits_grad_kernel(
+def row_gradient_kernel(
     x, x_stride, c_stride, out, out_stride, oc_stride,  # (N, C) each; out may be x
     target, t_stride, q_stride,  # (N,) indices, or (N, C) probabilities
     w,  # (C,) class weights
-    lse, lse_stride, g_lse, gl_stride, g_picked, gp_stride, g_wsum, gw_stride, g_entropy, ge_stride,  # (N,)
+    top, top_stride, lse, lse_stride,  # (N,) each, and so are these:
+    g_lse, gl_stride, g_picked, gp_stride, g_wsum, gw_stride, g_entropy, ge_stride,
     N, C, start, ignore_index, scale: tl.float64, softcap: tl.float64,
     span,  # vectors of a row for each program, whole tiles
     how: tl.constexpr,
@@ -77,10 +73,11 @@ def logits_grad_kernel(
     inside = rows < N
     counts, y = read_target(target, t_stride, rows, inside, C, start, ignore_index, how)
     h = None if g_entropy is None else number(g_entropy, ge_stride, rows, counts)
-    high, a, h = coefficients(number(lse, lse_stride, rows, counts), number(g_lse, gl_stride, rows, counts), h, how)
+    base, log_sum = number(top, top_stride, rows, counts), number(lse, lse_stride, rows, counts)
+    base, a, h = coefficients(base, log_sum, number(g_lse, gl_stride, rows, counts), h, how)
     g = number(g_picked, gp_stride, rows, counts).to(how.real)[:, None, None]
     b = None if g_wsum is None else number(g_wsum, gw_stride, rows, counts).to(how.real)[:, None, None]
-    numbers, strides, bend = (high, a, g), (c_stride, oc_stride, q_stride), (scale, softcap)
+    numbers, strides, bend = (base, a, g), (c_stride, oc_stride, q_stride), (scale, softcap)
 
     row, result = x + rows * x_stride, out + rows * out_stride
     head, vectors = cut(row, C, how)

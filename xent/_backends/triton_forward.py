@@ -75,19 +75,24 @@ def collapse(state, how: tl.constexpr):
 
 
 @triton.jit
-def finish(state, rows, inside, counts, w_sum, lse, picked, mass, wsum, entropy, argmax):
-    """Write the statistics, float64: m + log s has all the bits of the logits, however far from 0 they are."""
+def finish(state, rows, inside, counts, here, z_y, top, lse, picked, mass, wsum, entropy, argmax):
+    """Write the statistics of rows, relative to their largest score, where that is finite. z_y where it is `here`."""
     m, s, eu, wu, _, tu, tk, _, where = state
-    m, log_s = m.to(tl.float64), tl.log(s)
-    tl.store(lse + rows, tl.where(counts, m + log_s, 0.0), inside)
-    if mass is not None:
-        mass_sum = tk.to(tl.float64)
-        tl.store(mass + rows, mass_sum, inside)
-        tl.store(picked + rows, tu + m * mass_sum, inside)
+    finite = (s > 0) & (m < -MINUS_INFINITY)  # m is the lowest number, not -inf, where no score was above that
+    log_s = tl.log(s.to(tl.float64))
+    tl.store(top + rows, tl.where(counts & finite, m, 0.0).to(tl.float64), inside)
+    tl.store(lse + rows, tl.where(counts, log_s, 0.0), inside)
+    if mass is None:
+        tl.store(
+            picked + rows, tl.where(here, z_y.to(tl.float64) - tl.where(finite, m, 0.0).to(tl.float64), 0.0), inside
+        )
+    else:
+        tl.store(mass + rows, tk.to(tl.float64), inside)
+        tl.store(picked + rows, tu.to(tl.float64), inside)
     if wsum is not None:
-        tl.store(wsum + rows, tl.where(counts, wu + m * tl.load(w_sum), 0.0), inside)
+        tl.store(wsum + rows, tl.where(counts, wu, 0.0).to(tl.float64), inside)
     if entropy is not None:  # -sum_c p_c (u_c - log s)
-        tl.store(entropy + rows, tl.where(counts, log_s - eu / s, 0.0).to(tl.float64), inside)
+        tl.store(entropy + rows, tl.where(counts, log_s - eu / s, 0.0), inside)
     if argmax is not None:
         tl.store(argmax + rows, tl.where(counts, where, -1).to(tl.int64), inside)
 
@@ -114,11 +119,11 @@ def read(state, x, q, w, offset, column, there, c_stride, q_stride, bend,
 
 
 @triton.jit(do_not_specialize=VARYING)
-def lse_and_pick_kernel(
+def row_statistics_kernel(
     x, x_stride, c_stride,  # (N, C) logits
     target, t_stride, q_stride,  # (N,) indices, or (N, C) probabilities
-    w, w_sum,  # (C,) class weights and their sum, or C
-    lse, picked, mass, wsum, entropy, argmax,  # (N,) results; None where not wanted
+    w,  # (C,) class weights
+    top, lse, picked, mass, wsum, entropy, argmax,  # (N,) results; None where not wanted
     parts,  # (9, N, splits) states, where more than one program shares a row
     in_range,  # set to 0 by an index that is not
     N, C, start, classes, ignore_index, scale: tl.float64, softcap: tl.float64,
@@ -131,11 +136,11 @@ def lse_and_pick_kernel(
     inside = rows < N
     counts, y = read_target(target, t_stride, rows, inside, C, start, ignore_index, how)
     row, bend = x + rows * x_stride, (scale, softcap)
+    here, z_y = counts & (y >= 0), None
     if not how.soft:
         index = tl.load(target + rows * t_stride, inside, ignore_index).to(tl.int64)
         tl.store(in_range + rows * 0, 0, (index != ignore_index) & ((index < 0) | (index >= classes)))
-        z, _ = scores(tl.load(row + y.to(tl.int64) * c_stride, counts & (y >= 0), 0.0), bend, how)
-        tl.store(picked + rows, z.to(tl.float64), inside & (split == 0))
+        z_y, _ = scores(tl.load(row + y.to(tl.int64) * c_stride, here, 0.0), bend, how)
 
     head, vectors = cut(row, C, how)
     q = target + rows * t_stride if how.soft else None
@@ -156,22 +161,26 @@ def lse_and_pick_kernel(
 
     state = collapse(state, how)
     if parts is None:
-        finish(state, rows, inside, counts, w_sum, lse, picked, mass, wsum, entropy, argmax)
+        finish(state, rows, inside, counts, here, z_y, top, lse, picked, mass, wsum, entropy, argmax)
     else:
+        if not how.soft:  # as it is: the largest score is not known yet
+            tl.store(picked + rows, z_y.to(tl.float64), inside & (split == 0))
         part = parts + rows * tl.num_programs(1) + split
         for field in tl.static_range(9):
             tl.store(part + field * N * tl.num_programs(1), state[field].to(tl.float64), inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def combine_kernel(parts, target, t_stride, w_sum, lse, picked, mass, wsum, entropy, argmax,
+def combine_kernel(parts, target, t_stride, top, lse, picked, mass, wsum, entropy, argmax,
                    N, C, start, ignore_index, how: tl.constexpr):  # fmt: skip
     """One row for each program: the states of its K parts as its statistics."""
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, how.R)
-    counts, _ = read_target(target, t_stride, rows, rows < N, C, start, ignore_index, how)
+    counts, y = read_target(target, t_stride, rows, rows < N, C, start, ignore_index, how)
+    here = counts & (y >= 0)
+    z_y = None if how.soft else tl.load(picked + rows, here, 0.0)
     part = parts + rows[:, None] * how.K + tl.arange(0, how.K)[None, :]
     state = ()
     for field in tl.static_range(9):
         number = tl.load(part + field * N * how.K)
         state += (number.to(tl.int32 if field == 8 else how.real),)
-    finish(collapse(state, how), rows, rows < N, counts, w_sum, lse, picked, mass, wsum, entropy, argmax)
+    finish(collapse(state, how), rows, rows < N, counts, here, z_y, top, lse, picked, mass, wsum, entropy, argmax)

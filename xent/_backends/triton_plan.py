@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import compute_dtype
+from .._records import compute_dtype
 
 VECTOR = 16  # bytes: the most that a thread loads at once
 WARPS = 4

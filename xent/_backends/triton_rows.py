@@ -19,7 +19,7 @@ import triton.language as tl
 
 VARYING = [  # numbers that may change from call to call without a new compilation
     *("x_stride", "c_stride", "out_stride", "oc_stride", "t_stride", "q_stride"),
-    *("lse_stride", "gl_stride", "gp_stride", "gw_stride", "ge_stride"),
+    *("top_stride", "lse_stride", "gl_stride", "gp_stride", "gw_stride", "ge_stride"),
     *("N", "C", "start", "classes", "ignore_index", "span"),
 ]
 

@@ -1,0 +1,138 @@
+"""Every private API of torch that this package uses, each under a name of its own and with the reason for it.
+
+torch has no public way to ask who looks on at a call, and no public door to some of its own machinery. A release that
+renames one of them breaks this file, and no other.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, distributed_c10d
+
+# The dispatcher's keys of a plain tensor, on any device, and of a thread that nobody looks on at.
+_DEVICES = ("CPU", "CUDA", "HIP", "MPS", "XPU", "PrivateUse1")
+_PLAIN_NAMES = [prefix + device for prefix in ("", "Autograd", "Autocast") for device in _DEVICES]
+_PLAIN_NAMES += ["BackendSelect", "ADInplaceOrView", "Negative", "Conjugate"]
+
+
+def _key_set(names: list[str]) -> int:
+    keys = [getattr(torch._C.DispatchKey, name) for name in names if hasattr(torch._C.DispatchKey, name)]
+    return functools.reduce(operator.or_, [torch._C.DispatchKeySet(key).raw_repr() for key in keys])
+
+
+_PLAIN = _key_set(_PLAIN_NAMES)
+_MODE = _key_set(["Python", "PythonTLSSnapshot"])  # a TorchDispatchMode is active
+_ModeKey = torch._C._TorchDispatchModeKey
+_TRACERS = (_ModeKey.FAKE, _ModeKey.PROXY, _ModeKey.FUNCTIONAL)
+
+
+def is_redirected(*tensors: Tensor | None) -> bool:
+    """Whether a mode, transform, tracer, subclass or batching stands between an operator on these tensors and memory.
+
+    Each of them announces itself to the dispatcher by a key of its own, so one that is new is seen, too.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return (_keys_of_thread() | _keys_of(tensors)) & ~_PLAIN != 0
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """The same, but for modes that look on while real numbers are computed: a counter of FLOPs, a logger.
+
+    They shall see the products and collectives between the calls of the primitives, which a tracer cannot follow.
+    """
+    if torch.compiler.is_compiling() or _keys_of(tensors) & ~_PLAIN:
+        return True
+    beyond = _keys_of_thread() & ~_PLAIN
+    return beyond & ~_MODE != 0 or (beyond != 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)))
+
+
+def _keys_of_thread() -> int:
+    return torch._C._dispatch_tls_local_include_set().raw_repr()
+
+
+def _keys_of(tensors: tuple[Tensor | None, ...]) -> int:
+    keys = 0
+    for tensor in tensors:
+        if tensor is not None:
+            keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return keys
+
+
+def is_batched_gradient(tensor: Tensor | None) -> bool:
+    """Whether this is what torch.autograd.grad(is_grads_batched=True) hands to a backward."""
+    if tensor is None or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def forward_mode_is_on() -> bool:
+    """Whether some tensors may carry tangents."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def transforms() -> list[Any]:
+    """The transforms of torch.func that are active, as `TransformType`, from the outermost."""
+    if not torch._C._are_functorch_transforms_active():
+        return []
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+TransformType = torch._C._functorch.TransformType
+
+
+def call_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply` of a Function without default arguments, and outside of torch.func.
+
+    torch would bind the arguments to the signature of `forward` by inspection, which takes as long as a small batch.
+    What a transform that has ended has left of its wrappers is taken off, as `apply` does.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(args[0]):
+        args = torch._functorch.utils.unwrap_dead_wrappers(args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The group of this name: what an operator's schema can carry of one."""
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
+
+
+def store(group: ProcessGroup) -> Any:
+    """Where the processes of this group met, and may leave words for each other."""
+    return distributed_c10d._get_process_group_store(group)
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks, by the collective that compilers and tracers know."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(x, "sum", group))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this half-precision dtype for this CPU. torch's own are up to 100 times slower."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return torch.backends.mkldnn.is_available() and supported[dtype]()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def writes_float32(device: torch.device) -> bool:
+    """Whether products of half-precision factors can write float32 there: `out_dtype` of torch.mm and torch.addmm."""
+    return device.type == "cuda"
+
+
+def graph_is_kept() -> bool:
+    """In a backward: whether the graph will be used again (retain_graph=True), and so must keep its buffers."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """No host sync: the assertion fires on the device, some time after the launch, as torch's own does."""
+    torch._assert_async(condition, message)
