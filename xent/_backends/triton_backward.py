@@ -86,7 +86,7 @@ def row_gradient_kernel(
     y, inside, counts = y[:, None, None], inside[:, None, None], counts[:, None, None]
     if how.edges:
         single, there = edges(head, vectors, C, how)
-        there &= inside & (split == 0)
+        there &= inside & (rows * 0 + split == 0)[:, None, None]  # as in `row_statistics_kernel`
         write(row, result, q, k, single, single, there, counts, y, numbers, h, b, strides, bend, False, how)
         row, result = row + head, result + head.to(tl.int64) * oc_stride
         q, k = None if q is None else q + head.to(tl.int64) * q_stride, None if k is None else k + head

@@ -133,6 +133,7 @@ def row_statistics_kernel(
     """Reads each logit of the rows that count once."""
     rows = tl.program_id(0).to(tl.int64) * how.R + tl.arange(0, how.R)
     split = tl.program_id(1)
+    first_split = rows * 0 + split == 0  # for each row, as are all masks: the interpreter takes none made from a scalar
     inside = rows < N
     counts, y = read_target(target, t_stride, rows, inside, C, start, ignore_index, how)
     row, bend = x + rows * x_stride, (scale, softcap)
@@ -148,7 +149,7 @@ def row_statistics_kernel(
     state = nothing(how)
     if how.edges:
         single, there = edges(head, vectors, C, how)
-        there &= counts[:, None, None] & (split == 0)
+        there &= (counts & first_split)[:, None, None]
         state = read(state, row, q, k, single, single, there, c_stride, q_stride, bend, False, how)
         row, q, k = row + head, None if q is None else q + head.to(tl.int64) * q_stride, None if k is None else k + head
     begin = split * span
@@ -164,7 +165,7 @@ def row_statistics_kernel(
         finish(state, rows, inside, counts, here, z_y, top, lse, picked, mass, wsum, entropy, argmax)
     else:
         if not how.soft:  # as it is: the largest score is not known yet
-            tl.store(picked + rows, z_y.to(tl.float64), inside & (split == 0))
+            tl.store(picked + rows, z_y.to(tl.float64), inside & first_split)
         part = parts + rows * tl.num_programs(1) + split
         for field in tl.static_range(9):
             tl.store(part + field * N * tl.num_programs(1), state[field].to(tl.float64), inside)
