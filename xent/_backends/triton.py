@@ -47,7 +47,7 @@ except ImportError as error:
 
 from .triton_backward import row_gradient_kernel
 from .triton_forward import combine_kernel, row_statistics_kernel
-from .triton_plan import choose, options, processors, share
+from .triton_plan import FUSED, choose, options, processors, share
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ABOUT = f"Triton {triton.__version__}, " + ("interpreted: slow, for tests" if INTERPRETED else "for CUDA and ROCm")
@@ -95,7 +95,9 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
         )  # fmt: skip
         if parts is not None:
             how = replace(how, R=1, K=splits)
-            combine_kernel[(N,)](parts, target, target.stride(0), *stats, N, C, start, ignore_index, how, num_warps=1)
+            combine_kernel[(N,)](
+                parts, target, target.stride(0), *stats, N, C, start, ignore_index, how, num_warps=1, **FUSED
+            )
     if in_range is not None and _on_device(logits):
         assert_on_device(in_range, classes or 0, ignore_index)
     elif in_range is not None and not in_range:

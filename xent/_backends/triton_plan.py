@@ -19,6 +19,7 @@ TILE = 512  # vectors: 4 for each thread of 4 warps, all on their way at once
 LEAST = 4  # vectors of a row in a tile
 APART = 16  # the same, where classes lie apart: then neighbours in memory are mostly rows, and a tile takes many
 ENOUGH = 8  # programs for each multiprocessor: with fewer, rows are shared
+FUSED = {"enable_fp_fusion": True}  # a * b + c in one instruction. Triton's own default will change to False in 3.10
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ def share(how: How, N: int, C: int, processors: int) -> tuple[int, int]:
 
 
 def options(how: How) -> dict[str, int]:
-    """How to compile: with room enough for registers that the loads of a tile are all on their way at once.
+    """How to compile: fused, and with room enough for registers that the loads of a tile are all on their way at once.
 
     Left alone, NVIDIA's assembler prefers to load a vector, work on it, load the next; or even spills to stay small.
     """
     extras = how.soft + how.wsum + how.capped + (how.entropy or how.argmax)
     lean = extras == 0 and how.R == 1 and how.out_align in (0, how.x_align)
     limit = 64 if lean else 128 if extras + (how.real == tl.float64) < 2 else 255
-    found = {"num_warps": WARPS, "num_stages": 1}
+    found = {"num_warps": WARPS, "num_stages": 1, **FUSED}
     return found if torch.version.hip else {**found, "maxnreg": limit}
 
 
