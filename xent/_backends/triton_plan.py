@@ -92,8 +92,9 @@ def options(how: How) -> dict[str, int]:
     Left alone, NVIDIA's assembler prefers to load a vector, work on it, load the next; or even spills to stay small.
     """
     extras = how.soft + how.wsum + how.capped + (how.entropy or how.argmax)
-    lean = extras == 0 and how.R == 1 and how.out_align in (0, how.x_align)
-    limit = 64 if lean else 128 if extras + (how.real == tl.float64) < 2 else 255
+    out_of_step = 0 < how.out_align < how.x_align
+    lean = extras == 0 and how.w_align == 0 and how.R == 1
+    limit = 255 if out_of_step or extras + (how.real == tl.float64) > 1 else 64 if lean else 128
     found = {"num_warps": WARPS, "num_stages": 1, **FUSED}
     return found if torch.version.hip else {**found, "maxnreg": limit}
 
