@@ -1,15 +1,14 @@
-"""What the loss is as a node of a graph: upstream gradients, second passes, double backward, backward in place."""
+"""What the loss is as a node of a graph: upstream gradients, second passes, double backward."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
-from oracle import Options, every_dtype, loss_and_grad
+from oracle import Options
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 import xent
 
@@ -101,109 +100,22 @@ def test_forward_mode_is_right_or_refused() -> None:
     assert refused or torch.isclose(found, expected)
 
 
-# Backward in place
-
-IN_PLACE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "(C)": lambda: (torch.randn(5), torch.tensor(2)),
-    "(N, C)": lambda: (torch.randn(6, 5), torch.tensor([-100, 1, 2, 3, 4, 0])),
-    "(B, T, V)": lambda: (torch.randn(2, 3, 5), torch.tensor([[-100, 1, 2], [3, 4, 0]])),
-    "rows far apart": lambda: (torch.randn(6, 9)[:, :5], torch.tensor([-100, 1, 2, 3, 4, 0])),
-    "transposed": lambda: (torch.randn(5, 6).t(), torch.tensor([-100, 1, 2, 3, 4, 0])),
-    "probabilities": lambda: (torch.randn(6, 5), torch.rand(6, 5)),
-}
-every_in_place = pytest.mark.parametrize("make", IN_PLACE.values(), ids=IN_PLACE)
-
-
-@every_dtype
-@every_in_place
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}, {"softcap": 3.0}], ids=str)
-def test_inplace_backward(make: Callable[[], tuple[Tensor, Tensor]], options: Options, dtype: torch.dtype) -> None:
-    """The gradient is that of the plain backward, to the bit, and lies where the logits were."""
-    torch.manual_seed(0)
-    x, target = make()
-    x = x.to(dtype)
-    target = target.to(dtype) if target.is_floating_point() else target
-    expected = loss_and_grad(xent.cross_entropy, x.clone(), target, **options)
-    loss, grad = loss_and_grad(xent.cross_entropy, x, target, inplace_backward=True, **options)
-    assert loss.equal(expected[0])
-    assert grad.equal(expected[1])
-    assert grad.data_ptr() == x.data_ptr()
-    assert x.equal(expected[1])
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda: torch.randn(2, 5, 3), id="(N, C, d1)"),
-        pytest.param(lambda: torch.randn(2, 4, 5)[:, :-1], id="(B, T, V), cut in T"),
-    ],
-)
-def test_inplace_backward_where_the_rows_are_no_view(make: Callable[[], Tensor]) -> None:
-    """In place all the same, or an error that says so: not the gradient over a copy of the logits, in silence."""
-    torch.manual_seed(0)
-    x, y = make(), torch.tensor([[-100, 1, 2], [3, 4, 0]])
-    expected = loss_and_grad(xent.cross_entropy, x.clone(), y)
-    refused = ""
-    try:
-        loss_and_grad(xent.cross_entropy, x, y, inplace_backward=True)
-    except (ValueError, RuntimeError) as refusal:
-        refused = str(refusal)
-    assert x.equal(expected[1]) or "inplace_backward" in refused
-
-
-def test_inplace_backward_through_a_model() -> None:
-    x, y = batch(6, 5)
-    head = torch.nn.Linear(5, 4)
-    y = y.clamp(max=3)
-    grads = []
-    for inplace in (False, True):
-        loss = xent.cross_entropy(head(x), y, inplace_backward=inplace)
-        grads.append(torch.autograd.grad(loss, [x, *head.parameters()]))
-    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
-
-
-def test_inplace_backward_beside_probabilities_that_learn() -> None:
-    """Their gradient needs the logits, and is taken before these are overwritten."""
-    x, _ = batch(6, 5)
-    grads = []
-    for inplace in (False, True):
-        q = torch.linspace(0.1, 1, 30).view(6, 5).requires_grad_()
-        loss = xent.cross_entropy(x.clone(), q, label_smoothing=0.1, inplace_backward=inplace)
-        grads.append(torch.autograd.grad(loss, [x, q]))
-    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("twice", ["the loss", "an older user of the logits", "a newer user of the logits"])
-def test_logits_are_gone_after_backward_in_place(twice: str) -> None:
-    """A second use of them raises autograd's own error, as after any operation in place."""
-    x, y = batch(6, 5)
-    logits = x * 1
-    square = (logits**2).sum()
-    loss = xent.cross_entropy(logits, y, inplace_backward=True)
-    if twice == "a newer user of the logits":
-        square = (logits**2).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss if twice == "the loss" else square).backward()
-
-
-def test_inplace_backward_cannot_be_differentiated_again() -> None:
-    x, y = batch(6, 5)
-    before = x.detach().clone()
-    loss = xent.cross_entropy(x, y, inplace_backward=True)
-    with pytest.raises(RuntimeError, match=r"inplace_backward=True: .* cannot be differentiated again"):
-        torch.autograd.grad(loss, x, create_graph=True)
-    assert x.detach().equal(before)
-
-
-@pytest.mark.parametrize("shared", ["rows", "classes"])
-@pytest.mark.parametrize("ignored", [-100, 0], ids=["some ignored", "all rows count"])
-def test_inplace_backward_of_expanded_logits_raises(shared: str, ignored: int) -> None:
-    """Several logits in one place have no room for several gradients."""
-    x, y = batch(6, 5)
-    y[0] = ignored
-    before = x.detach().clone()
-    view = x[:1] if shared == "rows" else x[:, :1]
-    with pytest.raises(RuntimeError, match=r"(?i)inplace|single memory location"):
-        xent.cross_entropy(view.expand(6, 5), y, inplace_backward=True).backward()
-    assert x.detach().equal(before)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+def test_class_weight_that_requires_grad(options: Options) -> None:
+    """Taken where no gradient is recorded, as torch does; refused where that of indices would be dropped in silence."""
+    x, y = batch(6, 5, dtype=torch.float64)
+    weight, head = torch.rand(5).double().requires_grad_(), torch.eye(5).double()
+    with torch.no_grad():
+        expected = F.cross_entropy(x, y, weight, **options)
+        torch.testing.assert_close(xent.cross_entropy(x, y, weight, **options), expected)
+        torch.testing.assert_close(xent.linear_cross_entropy(x, head, y, weight=weight, **options), expected)
+        module = xent.CrossEntropyLoss(weight, **options)
+        torch.testing.assert_close(module(x, y), expected)
+    refused = "weight: is not differentiated with class indices and may not require grad; detach it"
+    for call in (
+        lambda: xent.cross_entropy(x.detach(), y, weight, **options),
+        lambda: xent.linear_cross_entropy(x.detach(), head, y, weight=weight, **options),
+        lambda: module(x.detach(), y),
+    ):
+        with pytest.raises(RuntimeError, match=refused):
+            call()

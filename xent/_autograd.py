@@ -203,10 +203,7 @@ class RowGrad(torch.autograd.Function):
     ) -> Tensor:
         out = logits.detach() if inplace else None
         upstream = Upstream(g_lse, g_picked, g_wsum, g_entropy)
-        d_logits = _ops.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out)
-        if inplace:  # whoever saved the old values for backward finds out, as after any in-place operation
-            torch.autograd.graph.increment_version(logits)
-        return d_logits
+        return _ops.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

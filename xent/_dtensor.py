@@ -42,7 +42,10 @@ def distributed(on_parts: Callable[..., Any]) -> Callable[[Callable[P, R]], Call
                 return function(*args, **kwargs)
             if not any(_is_dtensor(value) for value in (*args, *kwargs.values())):
                 return function(*args, **kwargs)
-            arguments = signature.bind(*args, **kwargs)
+            try:
+                arguments = signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # which Python refuses, in its own words
             arguments.apply_defaults()
             if arguments.arguments.pop("group") is not None:
                 raise ValueError("group: expected None beside DTensors, which know theirs")
@@ -124,8 +127,11 @@ class Places:
         )
 
     def add_divisor(self, options: dict[str, Any], y: Tensor, positions: int, weight: Any) -> None:
-        """The normalizer of a mean over the whole batch, where this rank has a part of it."""
-        if self.batch and options.get("reduction") == "mean" and options.get("normalizer") is None:
+        """The normalizer as a plain tensor; where this rank has a part of the batch, that of the whole."""
+        given: Any = options.get("normalizer")
+        if _is_dtensor(given):
+            options["normalizer"] = given.full_tensor(grad_placements=self.scalar)
+        elif self.batch and options.get("reduction") == "mean" and given is None:
             groups = [self.mesh.get_group(i) for i in self.batch]
             options["normalizer"] = _divisor(y, positions, weight, groups, options)
 
@@ -134,6 +140,11 @@ def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **option
     """Logits (and probabilities) in parts, over classes or the batch."""
     if not _is_dtensor(input):
         raise TypeError("input: expected a DTensor like the other arguments, got a plain tensor")
+    if options.get("inplace_backward"):
+        raise RuntimeError(
+            "inplace_backward: expected plain logits: a DTensor does not see that its part on this rank is written "
+            "over, so that a second use of it would be wrong in silence; pass input.to_local() and group="
+        )
     axis = options["dim"] = _layout.class_dim(input.shape, target.shape, options.get("dim"))
     places = Places(input.device_mesh, input.placements, input.shape, axis)
     soft = target.shape == input.shape

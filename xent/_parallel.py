@@ -135,15 +135,11 @@ class ParallelGrad(torch.autograd.Function):
         rows, upstream = (target, top, lse), Upstream(g_lse, g_picked, g_wsum, g_entropy)
         out = logits.detach() if inplace else None
         if not _torch.is_traced(logits, *rows, *upstream, class_weight):
-            found = _shards.parallel_grad(logits, *rows, upstream, class_weight, layout, spec, out)
-        elif out is None:
-            found = torch.ops.xent.parallel_grad(logits, *rows, *upstream, class_weight, layout, *spec)
-        else:
-            torch.ops.xent.parallel_grad_(out, *rows, *upstream, class_weight, layout, *spec)
-            found = out
-        if inplace:
-            torch.autograd.graph.increment_version(logits)  # as in `RowGrad`
-        return found
+            return _shards.parallel_grad(logits, *rows, upstream, class_weight, layout, spec, out)
+        if out is None:
+            return torch.ops.xent.parallel_grad(logits, *rows, *upstream, class_weight, layout, *spec)  # type: ignore[no-any-return]
+        torch.ops.xent.parallel_grad_(out, *rows, *upstream, class_weight, layout, *spec)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -74,8 +74,6 @@ class PlainLoss(torch.autograd.Function):
             share = g.to(lse.dtype) / (ctx.mean.normalizer if divisor is None else divisor)
             upstream = Upstream(share.expand(len(lse)), (-share).expand(len(lse)))
             d_logits = _primitives.row_gradient(logits, target, top, lse, upstream, ctx.spec, None, out)
-        if out is not None:  # as in `RowGrad`
-            torch.autograd.graph.increment_version(logits)
         return d_logits, None, None, None, None
 
 

@@ -87,7 +87,7 @@ def row_gradient(
     if logits.numel() == 0:
         return torch.empty_like(logits)
     backend = backend_for(logits, target)
-    return backend.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out)  # type: ignore[no-any-return]
+    return _written(backend.row_gradient(logits, target, top, lse, upstream, spec, class_weight, out), out)
 
 
 def mean_of_few(
@@ -107,7 +107,18 @@ def mean_of_few(
     for `row_gradient`.
     """
     one_call = getattr(backend_for(logits, target), "mean_of_few", None) if logits.numel() else None
-    return one_call and one_call(logits, target, spec, divisor=divisor, least=least, upstream=upstream, out=out)
+    found = one_call and one_call(logits, target, spec, divisor=divisor, least=least, upstream=upstream, out=out)
+    return None if found is None else _written(found, out)
+
+
+def _written(found: Tensor, out: Tensor | None) -> Tensor:
+    """What a backend returned. If it wrote over `out`, whoever saved the old values for backward shall find out.
+
+    Here and not by the callers, since compiled code runs the operators without autograd, which else counts versions.
+    """
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return found
 
 
 def _no_logits(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted) -> Stats:

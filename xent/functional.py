@@ -79,7 +79,7 @@ def cross_entropy(
         loss_dtype: dtype of the result. None is `input`'s (float32 under autocast), rounded once at the end; all
             arithmetic on single logits is in float32 (float64 for float64), on rows and their sums in float64.
         inplace_backward: let backward write the gradient over the logits, so that it needs no memory of its own. The
-            logits are gone then: a second use of them raises, as after any in-place operation.
+            logits are gone then: a second use of them in a backward raises, as after any in-place operation.
         group: the ranks over which the classes are spread: `input` holds some of them on each rank (probabilities and,
             if it has their length, `weight`, too), in the order of the ranks, not necessarily as many as on another;
             the target's indices are those of all classes, and the same on each rank. Each gets the same loss, the one
@@ -96,8 +96,8 @@ def cross_entropy(
         IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
             assertion), or `dim` is out of range.
         RuntimeError: a dtype is not among those above, devices differ, `weight` requires grad beside class
-            indices; `inplace_backward` meets logits that are not rows in memory of
-            their own, or `create_graph=True`; in backward, the logits were modified.
+            indices (unless gradients are off); `inplace_backward` meets a DTensor, logits that are not rows in memory
+            of their own, or `create_graph=True`; in backward, the logits were modified.
         NotImplementedError: a second derivative or forward mode, over a `group`.
         With `group`, every rank raises what one of them meets, and the error names the ranks: a ValueError if their
         arguments do not fit each other, a RuntimeError if the transport failed or a rank never came.
