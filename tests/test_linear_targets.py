@@ -152,9 +152,9 @@ def test_operators(reduction: str) -> None:
         arguments: tuple[Any, ...] = (h, W, b, q, scale, None, *reading, *rest, [*needs, True])
         torch.library.opcheck(torch.ops.xent.linear_loss, arguments)
     else:
-        lse, *upstream = (torch.rand(6, dtype=torch.float64) for _ in range(6))
+        top, lse, *upstream = (torch.rand(6, dtype=torch.float64) for _ in range(7))
         upstream[3:4] = [None]  # of the entropy
-        arguments = (h, W, b, q, lse, upstream, None, *reading, *rest, [True, *needs[1:], True])
+        arguments = (h, W, b, q, top, lse, *upstream, None, *reading, *rest, [True, *needs[1:], True])
         torch.library.opcheck(torch.ops.xent.linear_stats_grads, arguments)
 
 
