@@ -17,8 +17,9 @@ from .linear import linear_cross_entropy
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     r"""Cross-entropy between logits and targets, in nats: :func:`xent.cross_entropy` as a module.
 
-    A :class:`torch.nn.CrossEntropyLoss` in every respect (name, buffer, `repr`, `state_dict`, `isinstance`), with the
-    further options of :func:`xent.cross_entropy`. For one position with index target `y`, and
+    A :class:`torch.nn.CrossEntropyLoss` by its name, buffer, `repr`, `state_dict` and `isinstance`, with the further
+    options of :func:`xent.cross_entropy`. One call differs: probabilities of three or more dimensions need `dim=1` for
+    PyTorch's layout `(N, C, d1, ...)`, since `(..., C)` fits them as well. For one position with index target `y`, and
     :math:`\mathrm{lse} = \log \sum_c e^{x_c}`, the loss is :math:`w_y (\mathrm{lse} - x_y)`; the mean divides the sum
     by :math:`\sum w_y`.
 
