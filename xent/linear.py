@@ -79,7 +79,7 @@ def linear_cross_entropy(
         TypeError: an argument is not of its type, or a DTensor that is not gathered.
         ValueError: shapes do not fit each other, or an option is out of its range.
         IndexError: a target is outside `[0, C)` and not `ignore_index`.
-        RuntimeError: dtypes or devices differ; `weight` requires grad.
+        RuntimeError: dtypes or devices differ; `weight` requires grad (unless gradients are off).
         NotImplementedError: under vmap and forward-mode differentiation; and when a gradient that was computed with
             `create_graph=True` is differentiated again.
 
