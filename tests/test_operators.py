@@ -136,6 +136,24 @@ def test_fake_results_are_like_real_ones(name: str, soft: bool, dtype: torch.dty
         assert described(fake) == described(real)
 
 
+@every_operator
+@every_target
+def test_no_derivative_is_forgotten(name: str, soft: bool, alone: Any) -> None:
+    """Each operator that returns something has its derivative or says why not. (torch would warn, and give none.)"""
+    x, *rest = next(SAMPLES[name](torch.float64, soft, alone.group_name))
+    if operator(name).default._schema.is_mutable:
+        return
+    results = operator(name)(x.requires_grad_(), *rest)
+    results = [results] if isinstance(results, Tensor) else results
+    loss = sum(t.sum() for t in results if t.requires_grad)
+    try:
+        (grad,) = torch.autograd.grad(loss, x)
+    except NotImplementedError as error:
+        assert str(error).startswith(("group: a second derivative", "double backward"))  # noqa: PT017
+    else:
+        assert grad.any()
+
+
 def described(results: Any) -> list[Any]:
     results = [results] if isinstance(results, Tensor) else results or []
     return [(t.dtype, t.shape, t.stride(), t.device) for t in results]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, func
+from torch import Tensor, func, nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -188,6 +188,20 @@ def traced(by: Callable[[Loss], Run], mode: str) -> Tracer:
     return lambda loss, batch: make_fx(by(loss), **options)(*batch)
 
 
+class Module(nn.Module):
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss(*batch)
+
+
+def exported(loss: Loss, batch: tuple[Tensor, ...]) -> Run:
+    leaves = tuple(t.clone().requires_grad_(t.is_floating_point()) for t in batch)
+    return by_autograd(torch.export.export(Module(loss), leaves).module())
+
+
 # From a loss and a first batch to a function of any other.
 TRACERS: dict[str, Tracer] = {
     "make_fx of the value, real": traced(by_value, "real"),
@@ -199,6 +213,7 @@ TRACERS: dict[str, Tracer] = {
     "make_fx of autograd, real": traced(by_autograd, "real"),
     "make_fx of autograd, fake": traced(by_autograd, "fake"),
     "make_fx of autograd, symbolic": traced(by_autograd, "symbolic"),
+    "torch.export": exported,
     "is_grads_batched": lambda loss, _: by_batch(loss),
     "torch.func.vjp": lambda loss, _: by_func(loss),
     "torch.func.vmap": lambda loss, _: by_vmap(loss),
@@ -231,6 +246,25 @@ def test_tracer(tracer: str, name: str) -> None:
         return
     found, expected = TRACERS[tracer](case.ours, first)(*second), by_autograd(case.theirs)(*second)
     torch.testing.assert_close(tuple(found), expected[: len(found)])
+
+
+def test_a_traced_gradient_is_differentiated_again() -> None:
+    """A graph of operators has no Functions any more, but the operators have their derivatives."""
+    case = FUNCTIONS["weight and smoothing"]
+    first, (x, y) = batch_of(case, 6, seed=0), batch_of(case, 6, seed=1)
+    x.requires_grad_()
+    _, g = make_fx(by_func(case.ours))(*first)(x, y)
+    _, expected = by_func(case.theirs)(x, y)
+    torch.testing.assert_close(torch.autograd.grad(g.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+def test_a_gradient_that_a_graph_does_not_have_is_no_zero() -> None:
+    h, W, y = batch_of(FUNCTIONS["head"], 6, seed=0)
+    program = torch.export.export(Module(xent.linear_cross_entropy), (h, W.requires_grad_(), y)).module()
+    program(h, W, y).backward()
+    assert W.grad is not None
+    with pytest.raises(RuntimeError, match="traced for tensors of which fewer require grad"):
+        program(h.requires_grad_(), W, y).backward()
 
 
 # Modes
