@@ -8,6 +8,7 @@ import interpreter
 import jaxtyping
 import pytest
 import torch
+import torch.distributed as dist
 from beartype import BeartypeConf, beartype
 from ranks import Ranks
 
@@ -67,3 +68,12 @@ def ranks() -> Iterator[Ranks]:
     processes = Ranks(4)
     yield processes
     processes.stop()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[dist.ProcessGroup]:
+    """A group of one, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()

@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import xent
-from xent._records import RowSpec, Wanted
 
 # The compiler warns of its own use of torch.jit and of its own configuration.
 pytestmark = [
@@ -120,22 +119,6 @@ def test_export() -> None:
     for n in (6, 9):
         x, (_, y) = torch.randn(n, 4), batch(n)
         torch.testing.assert_close(program.module()(x, y), model(x, y))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
-def test_operators(dtype: torch.dtype, soft: bool) -> None:
-    """torch's own check of schema, fake results and tracing."""
-    x, y = batch(6, dtype)
-    x, target = x.detach(), x.detach().softmax(1) if soft else y
-    numbers = torch.rand(6, dtype=torch.float64)
-    numbers_and_spec = (target, *[numbers] * 6, None, *RowSpec())
-    checks = (
-        torch.library.opcheck(torch.ops.xent.row_statistics, (x, target, None, *RowSpec(), *Wanted(True, True, True))),
-        torch.library.opcheck(torch.ops.xent.row_gradient, (x, *numbers_and_spec)),
-        torch.library.opcheck(torch.ops.xent.row_gradient_, (x, *numbers_and_spec)),
-    )
-    assert all(outcome == "SUCCESS" for check in checks for outcome in check.values())
 
 
 @pytest.mark.parametrize("where", ["meta", "fake"])

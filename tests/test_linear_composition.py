@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import xent
-from xent._records import RowSpec
 
 pytestmark = [
     pytest.mark.usefixtures("backend", "unchecked"),  # a compiler cannot read the checks
@@ -67,25 +66,6 @@ def test_compile_token_stats() -> None:
     found, expected = torch.compile(loss, fullgraph=True)(h, W, y), loss(h, W, y)
     assert_close(found, expected)
     assert_close(torch.autograd.grad(found, (h, W)), torch.autograd.grad(expected, (h, W)))
-
-
-@every_reduction
-def test_operators(reduction: str) -> None:
-    """torch's own checks of what the compiler is told: schema, shapes without numbers, registration."""
-    h, W, b, y = (t.detach() for t in problem(6))
-    spec, rest = RowSpec(), (torch.float64, 400, 0, 0.1, 0.0)
-    factor = torch.tensor(0.5, dtype=torch.float64)
-    targets = ((y, False), (torch.rand(6, C, dtype=torch.float64), True))
-    if reduction == "mean":
-        for target, soft in targets:
-            arguments = (h, W, b, target, factor, None, *spec, *rest, False, False, [True, True, True, soft])
-            torch.library.opcheck(torch.ops.xent.linear_loss, arguments)
-        return
-    for target, soft in targets:
-        torch.library.opcheck(torch.ops.xent.linear_stats, (h, W, b, target, None, *spec, *rest, True, True))
-        numbers = [*torch.rand(6, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) if soft else None]
-        arguments = (h, W, b, target, *numbers, None, *spec, *rest, True, False, [True, False, True, soft])
-        torch.library.opcheck(torch.ops.xent.linear_stats_grads, arguments)
 
 
 @every_reduction

@@ -143,21 +143,6 @@ def test_it_is_not_differentiated_again(reduction: str) -> None:
         func.jvp(lambda q: loss_by_rows(reduction)(h.detach(), W.detach(), q), (q.detach(),), (q.detach(),))
 
 
-@every_reduction
-def test_operators(reduction: str) -> None:
-    h, W, b, q = (t.detach() for t in soft_problem(6))
-    reading, rest, needs = (-100, 1.0, None, 0, None), (torch.float64, 400, 0, 0.1, 0.0, False, False), [False] * 3
-    if reduction != "none":
-        scale = torch.tensor(0.5, dtype=torch.float64)
-        arguments: tuple[Any, ...] = (h, W, b, q, scale, None, *reading, *rest, [*needs, True])
-        torch.library.opcheck(torch.ops.xent.linear_loss, arguments)
-    else:
-        top, lse, *upstream = (torch.rand(6, dtype=torch.float64) for _ in range(7))
-        upstream[3:4] = [None]  # of the entropy
-        arguments = (h, W, b, q, top, lse, *upstream, None, *reading, *rest, [True, *needs[1:], True])
-        torch.library.opcheck(torch.ops.xent.linear_stats_grads, arguments)
-
-
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     """The most bytes of any tensor that an operation made, but for those of a given shape."""
 

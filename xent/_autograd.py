@@ -237,3 +237,7 @@ class RowGradForwardMode(RowGrad):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return gradient_jvp(*linearise(ctx.saved_tensors, ctx.spec), tangents[:9])
+
+
+_ops.differentiate("row_statistics", RowStats, 3, lambda flat: (RowSpec(*flat[:5]), Wanted(*flat[5:]), False))
+_ops.differentiate("row_gradient", RowGrad, 9, lambda flat: (RowSpec(*flat), False))

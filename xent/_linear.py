@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _blocks, _torch
 from ._backends import advise_huge_pages
 from ._blocks import Head, Maybe, Needs
-from ._ops import SPEC, UPSTREAM, define
+from ._ops import SPEC, UPSTREAM, define, differentiate
 from ._records import RowSpec, Stats, Upstream, Wanted, compute_dtype
 
 TWICE = (
@@ -90,6 +90,11 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 8
+        if any(wanted and dtype is None for wanted, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)):
+            raise RuntimeError(
+                "a linear head with its loss computes its gradients in forward, and this graph was traced for tensors "
+                "of which fewer require grad: trace it again"
+            )
         hidden, weight, bias, target, factor, *grads = ctx.saved_tensors
         sources, left = (hidden, weight, bias, target), iter(grads)
         if ctx.unscaled:
@@ -275,3 +280,7 @@ define("linear_loss", _LOSS, _run_loss, _empty_loss)
 define("linear_stats", f"({ROWS}, Tensor? class_weight, {HEAD}) -> Tensor[]", _run_stats, _empty_stats)
 _GRADS = f"({ROWS}, {PER_ROW}, {HEAD}, bool[] needs) -> Tensor[]"
 define("linear_stats_grads", _GRADS, _run_stats_grads, _empty_stats_grads)
+
+differentiate("linear_loss", LinearLoss, 6, lambda flat: (head_of(flat[:-1]), tuple(flat[-1])))
+differentiate("linear_stats", LinearStats, 5, lambda flat: (head_of(flat),))
+differentiate("linear_stats_grads", LinearGrads, 12, lambda flat: (head_of(flat[:-1]), flat[-1]))

@@ -8,6 +8,7 @@ saved.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,23 @@ def define(name: str, schema: str, run: Any, fake: Any) -> None:
     torch.library.define(f"xent::{name}", schema)
     torch.library.impl(f"xent::{name}", "default", torch.no_grad()(run))
     torch.library.register_fake(f"xent::{name}", fake)
+
+
+def differentiate(name: str, function: Any, tensors: int, record: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
+    """Give xent::name the derivative of a Function, for graphs of operators alone, as torch.export makes them.
+
+    Both take the same tensors first; `record` makes the Function's other arguments of the operator's.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        whole = tuple(output) if isinstance(output, list) else output
+        function.setup_context(ctx, (*inputs[:tensors], *record(inputs[tensors:])), whole)
+
+    def backward(ctx: Any, grads: Any) -> tuple[Any, ...]:
+        found = function.backward(ctx, *grads) if isinstance(grads, list) else function.backward(ctx, grads)
+        return *found[:tensors], *[None] * (len(ctx.needs_input_grad) - tensors)
+
+    torch.library.register_autograd(f"xent::{name}", backward, setup_context=setup_context)
 
 
 def _statistics(logits: Tensor, target: Tensor, class_weight: Tensor | None, *flat: Any) -> list[Tensor]:

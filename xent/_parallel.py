@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from . import _shards, _torch
 from ._autograd import apply, fold, refuse_mapped_weight, stats_backward
+from ._ops import differentiate
 from ._records import RowSpec, Stats, Upstream, Wanted
 from ._shards import Shared
 
@@ -199,3 +200,12 @@ def _refuse(what: str) -> NoReturn:
         f"group: {what} of a loss whose classes are spread over ranks needs the logits of the other ranks, "
         "and would be wrong without them; gather the logits, or use a single rank"
     )
+
+
+def _stats_arguments(flat: tuple[Any, ...]) -> tuple[Any, ...]:
+    group, *rest = flat
+    return group, RowSpec(*rest[:5]), Wanted(*rest[5:]), False
+
+
+differentiate("parallel_stats", ParallelStats, 3, _stats_arguments)
+differentiate("parallel_grad", ParallelGrad, 9, lambda flat: (RowSpec(*flat[1:]), False, flat[0]))

@@ -23,13 +23,14 @@ from ._linear import (
     HEAD,
     PER_ROW,
     ROWS,
+    LinearGrads,
     empty_grads,
     head_of,
     once_differentiable,
     refuse_transforms,
     upstream_of,
 )
-from ._ops import define
+from ._ops import define, differentiate
 from ._parallel import Global
 from ._records import Stats, Upstream, compute_dtype
 from ._shards import Shared
@@ -159,3 +160,5 @@ _STATS = f"({ROWS}, Tensor? class_weight, str group, {HEAD}) -> Tensor[]"
 _GRADS = f"({ROWS}, {PER_ROW}, Tensor layout, str group, {HEAD}, bool[] needs) -> Tensor[]"
 define("parallel_linear_stats", _STATS, _run_stats, _empty_stats)
 define("parallel_linear_grads", _GRADS, _run_grads, _empty_grads)
+differentiate("parallel_linear_stats", ParallelLinearStats, 5, lambda flat: (head_of(flat[1:]), flat[0]))
+differentiate("parallel_linear_grads", LinearGrads, 0, lambda flat: ())
