@@ -157,6 +157,15 @@ def test_which_products(dtype: torch.dtype, reduction: str, autocast: bool, mach
         assert not any("dtype" in name for name in names)
 
 
+@pytest.mark.parametrize("instructions", [True, False])
+def test_emulated_products_are_not_taken(instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN has bfloat16 on every CPU with AVX-512, but where its own instructions are missing float32 is faster."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    assert _torch.cpu_multiplies.__wrapped__(torch.bfloat16) == instructions
+
+
 @every_half
 def test_products_that_write_float32_on_meta(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The schemas of torch's own operators take what they are given."""

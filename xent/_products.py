@@ -8,7 +8,7 @@ What the hardware offers decides the dtype of a block of logits (and of their gr
       multiplies it               is rounded to half, too, and added up in float32
     half on another device      float32: slices of the head are converted just before they are used
 
-The last costs as much as float32 does, which is still several times less than what torch's own products take there.
+The last costs as much as float32 does, which is several times less than what torch's own products take there.
 """
 
 from __future__ import annotations
