@@ -135,15 +135,18 @@ def test_blocks_are_of_equal_size() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 7, 8, 9])
-def test_sum_of_outer_products_in_slices(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sum_of_outer_products_in_slices(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 classes at a time: fewer, a remainder, an even number of slices, one class left over."""
-    monkeypatch.setattr(_products, "SLICE_BYTES", 4 * 5 * 4)
-    G, h, total = torch.randn(5, classes).bfloat16(), torch.randn(5, 3).bfloat16(), torch.randn(classes, 3)
+    torch.manual_seed(0)
+    monkeypatch.setattr(_products, "SLICE_BYTES", 4 * 3 * dtype.itemsize)
+    G, h, total = torch.randn(5, classes).to(dtype), torch.randn(5, 3).bfloat16(), torch.randn(classes, 3)
     product = (G.double().t() @ h.double()).float()
-    for beta, expected in ((1, total + product), (0, product)):
+    rounded = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for block, error in ((0, rounded), (1, max(rounded**2, 1e-6)), (2, rounded)):  # every other one to twice the digits
         found = total.clone()
-        _products.add_outer(found, G, h, beta)
-        torch.testing.assert_close(found, expected)
+        _products.add_outer(found, G, h, block)
+        assert (found - (total + product if block else product)).norm() <= error * (product.norm() + total.norm())
 
 
 def test_upstream_and_repeated_backward() -> None:
@@ -228,24 +231,6 @@ def test_tied_weights() -> None:
     found = xent.linear_cross_entropy(W[tokens], W, y)
     expected = oracle.cross_entropy(F.linear(W[tokens], W), y)
     assert_close(grads(found, W), grads(expected, W))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_no_worse_than_torch(dtype: torch.dtype) -> None:
-    """Errors of the head's and the hidden states' gradients against float64, many rows summed."""
-    torch.manual_seed(0)
-    h, W, y = torch.randn(512, 64).to(dtype), (torch.randn(300, 64) / 8).to(dtype), torch.randint(300, (512,))
-
-    def errors(loss: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        leaves = h.to(dtype).requires_grad_(), W.to(dtype).requires_grad_()
-        return torch.autograd.grad(loss(*leaves), leaves)
-
-    truth = errors(lambda h, W: F.cross_entropy(F.linear(h, W), y), torch.float64)
-    torchs = errors(lambda h, W: F.cross_entropy(F.linear(h, W), y), dtype)
-    ours = errors(lambda h, W: xent.linear_cross_entropy(h, W, y, max_bytes=100 * 2 * 300), dtype)
-    for exact, theirs, found in zip(truth, torchs, ours, strict=True):
-        assert found.dtype == dtype
-        assert (found.double() - exact).norm() <= (theirs.double() - exact).norm()
 
 
 @pytest.mark.parametrize("soft", [False, True])

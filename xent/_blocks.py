@@ -16,9 +16,10 @@ Rows that are ignored are left out before the first product.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ._derivatives import coefficient_gradient
 from ._products import add_outer, block_dtype, hidden_gradient, logits_of
 from ._records import RowSpec, Stats, Upstream, Wanted, compute_dtype
 
+P = ParamSpec("P")
 Maybe = Tensor | None
 Needs = tuple[bool, bool, bool, bool]  # whether a gradient of (hidden, weight, bias, target) is wanted
 FEW = 1 << 18  # logits: what is made of so many at a time stays in the cache
@@ -154,6 +156,23 @@ def class_weights(weight: Maybe, target: Tensor, head: Head) -> Maybe:
     return weight.to(torch.float64 if head.dtype == torch.float64 else torch.float32)
 
 
+def in_their_dtypes(
+    function: Callable[Concatenate[Tensor, P], list[Tensor]],
+) -> Callable[Concatenate[Tensor, P], list[Tensor]]:
+    """Without autocast, which has been heeded (`Head.dtype`): it would round once more what a product is given."""
+
+    @functools.wraps(function)
+    def run(hidden: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> list[Tensor]:
+        kind = hidden.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return function(hidden, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(hidden, *args, **kwargs)
+
+    return run
+
+
+@in_their_dtypes
 def loss_and_grads(
     hidden: Tensor,
     weight: Tensor,
@@ -189,6 +208,7 @@ def loss_and_grads(
     return [total, *grads.found()]
 
 
+@in_their_dtypes
 def stats_of(
     hidden: Tensor, weight: Tensor, bias: Maybe, target: Tensor, class_weight: Maybe, head: Head
 ) -> list[Tensor]:
@@ -203,6 +223,7 @@ def stats_of(
     return found
 
 
+@in_their_dtypes
 def stats_grads(
     hidden: Tensor,
     weight: Tensor,

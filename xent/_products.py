@@ -6,9 +6,9 @@ What the hardware offers decides the dtype of a block of logits (and of their gr
     half on CUDA                float32: the products themselves can write and add to float32
     half on a CPU that          half, rounded once, as by torch.nn.functional.linear; each block's product for the head
       multiplies it               is rounded to half, too, and added up in float32
-    half on another CPU         float32: slices of the head are converted just before they are used
+    half on another device      float32: slices of the head are converted just before they are used
 
-The last costs as much as float32 does, which is still several times less than what torch's own products take there.
+The last costs as much as float32 does, which is several times less than what torch's own products take there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Te
     """h W^T + b, written to `out`, which is of `block_dtype`."""
     if out.dtype == weight.dtype:
         return torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
-    if _torch.writes_float32(weight.device):
+    if _torch.writes_float32(weight):
         torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
     else:
         h = h.to(out.dtype)
@@ -46,7 +46,7 @@ def hidden_gradient(G: Tensor, weight: Tensor) -> Tensor:
     """G W (n, D), in the dtype of the head."""
     if G.dtype == weight.dtype:
         return G @ weight
-    if _torch.writes_float32(weight.device):
+    if _torch.writes_float32(weight):
         return G.to(weight.dtype) @ weight
     total = G.new_zeros(len(G), weight.shape[1])
     for part in _slices(weight, G.dtype):
@@ -59,7 +59,7 @@ def add_outer(total: Tensor, G: Tensor, h: Tensor, block: int) -> None:
     beta = min(block, 1)  # 0: nothing is in it yet
     if G.dtype == h.dtype == total.dtype:
         torch.addmm(total, G.t(), h, beta=beta, out=total)
-    elif _torch.writes_float32(total.device):
+    elif _torch.writes_float32(h):
         torch.addmm(total, G.to(h.dtype).t(), h, beta=beta, out_dtype=total.dtype, out=total)
     else:
         h = h.to(G.dtype).t().contiguous().t()  # as oneDNN would lay it out for each slice

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.utils import _python_dispatch
 
 # The dispatcher's keys of a plain tensor, on any device, and of a thread that nobody looks on at.
 _DEVICES = ("CPU", "CUDA", "HIP", "MPS", "XPU", "PrivateUse1")
@@ -115,17 +116,39 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
 
 @functools.cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this half-precision dtype for this CPU. torch's own are up to 100 times slower."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return torch.backends.mkldnn.is_available() and supported[dtype]()  # type: ignore[no-any-return, no-untyped-call]
+    """Whether this CPU has instructions for products of this half-precision dtype, and oneDNN uses them.
+
+    Otherwise those of float32 are faster: torch's own take up to 100 times as long, and bfloat16 that oneDNN puts
+    together from float32 instructions (AVX-512 without its BF16 part) 3 to 4 times.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()  # type: ignore[no-any-return]
+    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
 
 
-def writes_float32(device: torch.device) -> bool:
-    """Whether products of half-precision factors can write float32 there: `out_dtype` of torch.mm and torch.addmm."""
-    return device.type == "cuda"
+def writes_float32(factor: Tensor) -> bool:
+    """Whether products of half-precision factors like this one can write and add to float32: `out_dtype` of torch.mm.
+
+    On CUDA alone, and tried once, since not every release of torch has it there and not every build for ROCm.
+    """
+    if not factor.is_cuda:
+        return False
+    rounded = getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)  # the caller's setting
+    return not (rounded and factor.dtype == torch.float16) and _adds_float32(factor.dtype, factor.device)
+
+
+@functools.cache
+def _adds_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    with _python_dispatch._disable_current_modes():  # nobody who looks on shall see this
+        total, factor = torch.zeros(8, 8, device=device), torch.zeros(8, 8, dtype=dtype, device=device)
+        try:
+            torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+        except (RuntimeError, TypeError):
+            return False
+    return True
 
 
 def graph_is_kept() -> bool:
