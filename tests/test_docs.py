@@ -222,3 +222,14 @@ def test_token_stats_fields_are_documented() -> None:
     assert "nats" in xent.TokenStats.__doc__
     for field in xent.TokenStats._fields:
         assert field in (xent.token_stats.__doc__ or "")
+
+
+def test_the_versions_of_torch_are_stated_once() -> None:
+    """CI's matrix holds the floor of pyproject.toml and the release that the extras pin, and the README the floor."""
+    project, workflow = (ROOT / "pyproject.toml").read_text(), (ROOT / ".github/workflows/ci.yml").read_text()
+    floor, pinned = re.search(r'"torch>=([\d.]+)"', project), set(re.findall(r'"torch==([\d.]+)"', project))
+    matrix = re.search(r"torch: \[(.*?)\]", workflow)
+    assert floor is not None
+    assert matrix is not None
+    assert re.findall(r'"([\d.]+)"', matrix[1]) == [f"{floor[1]}.0", *pinned]
+    assert f"torch {floor[1]}" in (ROOT / "README.md").read_text()

@@ -75,8 +75,8 @@ class Rows:
         self.kept: Maybe = None
         if not target.is_floating_point():
             check_range(target, head.spec.classes or C, head.spec.ignore_index)
-            counts = target != head.spec.ignore_index
-            self.kept = None if counts.all() else counts.nonzero()[:, 0]
+            kept = (target != head.spec.ignore_index).nonzero()[:, 0]  # the one time that the host waits for a device
+            self.kept = None if len(kept) == N else kept
         elif head.shift:
             self.kept = torch.arange(N, device=hidden.device).view(-1, head.shift)[:, :-1].flatten()
         count = N if self.kept is None else len(self.kept)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backends import scores, slope
+from ._backends import rows_of_block, scores, slope
 from ._records import RowSpec, Stats, Upstream, compute_dtype
 
 Maybe = Tensor | None
-BLOCK = 1 << 16  # logits: their terms stay in a second-level cache
+CACHE_BYTES = 256 << 10  # of each term: they stay in a second-level cache
 
 
 class Rows:
@@ -174,8 +174,7 @@ def gradient_vjp_by_blocks(tensors: tuple[Any, ...], spec: RowSpec, v: Tensor) -
     """`gradient_vjp`, where nothing will be differentiated again: block by block, with no (N, C) but the results."""
     *per_row, class_weight = tensors
     found: list[Any] = [None] * len(tensors)
-    N, C = v.shape
-    count = max(1, BLOCK // max(1, C))
+    N, count = len(v), rows_of_block(v, CACHE_BYTES)
     for rows in (slice(i, i + count) for i in range(0, N, count)):
         part = [None if tensor is None else tensor[rows] for tensor in per_row]
         for i, grad in enumerate(gradient_vjp(*linearise((*part, class_weight), spec), v[rows])):

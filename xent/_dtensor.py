@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import _layout, _torch
+from ._records import statistics_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -201,6 +202,7 @@ def on_head(
 
 def _divisor(y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup], options: Any) -> Tensor:
     """What the mean over the whole batch divides by. Targets out of range are found later, by all ranks alike."""
+    dtype = statistics_dtype(y.device)
     if y.is_floating_point():
         total = count = torch.tensor(positions, device=y.device)
     else:
@@ -210,8 +212,8 @@ def _divisor(y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup],
         total = count = counts.sum()
         if weight is not None:
             w = weight.full_tensor() if _is_dtensor(weight) else weight
-            total = w.double()[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
-    numbers = torch.stack([total.double(), count.double()])
+            total = w.to(dtype)[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
+    numbers = torch.stack([total.to(dtype), count.to(dtype)])
     for group in groups:
         numbers = _torch.all_reduce(numbers, group.group_name)
     return numbers[0] + (numbers[1] == 0) if options.get("on_empty") == "zero" else numbers[0]

@@ -14,6 +14,11 @@ went wrong and raise the same error.
 Two guesses can fail. A message was longer than agreed; or a rank holds other classes than it thought, for lack of
 knowing how many the others hold (the first call with uneven shards). Then the gather is repeated, by all ranks, since
 all have read the same headers; and from then on they know.
+
+So every call reads the headers, although off the CPU the host waits for the device to do so, once in forward. A rank
+cannot leave it out on the ground that a call like this one has gone well: what it sees, its own part, may be alike
+where the others hold other parts than before, as with two heads of (3, 3) and (3, 4) classes. It would use the wrong
+sizes, and leave the others alone in the gather that they repeat. Only a message can tell it, and that is the header.
 """
 
 from __future__ import annotations
@@ -68,14 +73,6 @@ class Header(NamedTuple):
         return cls(code, need, classes, start, total, letters.decode(errors="ignore"))
 
 
-class Settled(NamedTuple):
-    """What a call was answered that went well: the next one like it is, too, or the ranks no longer agree."""
-
-    headers: Tensor  #         (R, HEADER), on the device
-    needed: int  #             words of the longest message
-    sizes: tuple[int, ...]  #  classes on each rank
-
-
 class Agreed:
     """What the ranks of a group have in common: made from what all have read, and so the same on each of them."""
 
@@ -84,7 +81,6 @@ class Agreed:
         self.length = LEAST
         self.lengths: deque[int] = deque(maxlen=MEMORY)
         self.sizes: dict[int, tuple[int, ...]] = {}  # classes on each rank, by the number of those held here
-        self.went_well: dict[tuple[str, int], Settled] = {}  # by note and classes, where checks come later
 
     def saw(self, needed: int) -> None:
         """Agree on the length of the next message, after a gather whose longest needed this much."""
@@ -101,16 +97,14 @@ def exchange(
     """All ranks' vectors, (R, numbers of one rank), and how many classes each rank holds.
 
     `compute(start, total)` makes the vectors of the `classes` held here, which begin with number `start` of `total`.
-    `note` says what was called, in words that must be the same on all ranks. Off the CPU, a call that once went well
-    is checked on the device, so that the host need not wait for it.
+    `note` says what was called, in words that must be the same on all ranks.
 
     Raises, on every rank: what any rank raised in `compute`; ValueError where the notes differ; RuntimeError where the
     transport fails. Each names the ranks.
     """
     agreed = _agreed.setdefault(group, Agreed())
     R, rank = group.size(), group.rank()
-    settled = agreed.went_well.get((note, classes))
-    sizes = settled.sizes if settled else agreed.sizes.get(classes) or (classes,) * R
+    sizes = agreed.sizes.get(classes) or (classes,) * R
     guess = (sum(sizes[:rank]), sum(sizes))
     vectors, failure = _attempt(compute, *guess)
     while True:
@@ -118,15 +112,7 @@ def exchange(
         own = Header(_code(failure), need, classes, *guess, note if failure is None else _words(failure))
         length = agreed.length
         gathered = _gather(group, agreed, own, _message(own, vectors, length, device))
-        words = gathered[:, :HEADER].contiguous().view(torch.int64)
-
-        if settled is not None and failure is None and settled.needed <= length:
-            same = (words == settled.headers).all()
-            _torch.assert_on_device(same, "group: the ranks no longer agree, or one of them has failed")
-            agreed.saw(settled.needed)
-            return gathered[:, HEADER:need], sizes
-
-        headers = [Header.read(row) for row in words.tolist()]
+        headers = [Header.read(row) for row in gathered[:, :HEADER].contiguous().view(torch.int64).tolist()]
         needed = max(header.need for header in headers)
         agreed.saw(needed)
         if any(header.classes < 0 for header in headers):
@@ -143,10 +129,6 @@ def exchange(
             _raise_failure(headers, failure)
         if needed > length:
             continue
-        if _checks_later(device):
-            if len(agreed.went_well) == MEMORY:
-                agreed.went_well.clear()
-            agreed.went_well[note, classes] = Settled(words, needed, sizes)
         return gathered[:, HEADER:need], sizes
 
 
@@ -177,11 +159,6 @@ class Excused(AbstractContextManager[None]):
             raise error
 
         exchange(self.group, -1, "", self.device, fail)
-
-
-def _checks_later(device: torch.device) -> bool:
-    """Whether to look at a header makes the host wait for the device."""
-    return device.type != "cpu"
 
 
 def _attempt(compute: Compute, start: int, total: int) -> tuple[list[Tensor], Exception | None]:

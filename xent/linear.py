@@ -134,7 +134,7 @@ def linear_cross_entropy(
 
     row_weight = None if weight is None or soft else _objective.row_weights(_targets(rows), weight, ignore)
     divisor = _divisor(rows, reduction, row_weight, ignore, normalizer, on_empty)
-    factor = 1 / divisor.detach().to(statistics_dtype(input.device))
+    factor = 1 / divisor.detach()
     total = torch.stack([linear_loss(hidden, W, b, y, factor, weight, head) for W, b, y in rows.heads]).sum()
     if divisor.requires_grad:
         total = total * (divisor.detach() / divisor)
@@ -164,7 +164,10 @@ def _divisor(
         if target.is_floating_point() and rows.shift:
             target = target[: len(target) // rows.shift * (rows.shift - 1)]
         found = _objective.mean_divisor(target, row_weight, ignore_index, on_empty)
-    return found if isinstance(found, Tensor) else torch.full((), found, device=target.device, dtype=torch.float64)
+    dtype = statistics_dtype(target.device)
+    if isinstance(found, Tensor):  # perhaps one number on the CPU
+        return found.to(target.device, dtype, non_blocking=True)
+    return torch.full((), found, device=target.device, dtype=dtype)
 
 
 @_layout.overridable

@@ -15,6 +15,7 @@ from .. import _torch
 from .._records import compute_dtype
 
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
+DEVICE_BYTES = 16 << 20  # of a term of each logit, off the CPU: a pass over it takes longer than its launch
 
 
 def scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -30,6 +31,12 @@ def scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 def slope(z: Tensor, scale: float, softcap: float | None) -> Tensor | float:
     """dz/dx at z: the chain rule through `scores`."""
     return scale if softcap is None else scale * (1 - (z / softcap) ** 2)
+
+
+def rows_of_block(logits: Tensor, cache_bytes: int) -> int:
+    """How many rows to take at a time: on the CPU those whose terms take so many bytes; elsewhere, enough to do."""
+    budget = cache_bytes if logits.device.type == "cpu" else DEVICE_BYTES
+    return max(1, budget // max(1, logits.shape[1] * compute_dtype(logits).itemsize))
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -1,7 +1,7 @@
 """The two primitives in torch operations: the specification, for any device and dtype.
 
-Rows are taken in blocks whose scores fit in the cache, so that the passes over a block (maximum, subtraction, exp,
-sum) read DRAM once between them, and no second (N, C) tensor ever exists.
+Rows are taken in blocks, so that no second (N, C) tensor ever exists; on the CPU in blocks whose scores fit in the
+cache, so that the passes over a block (maximum, subtraction, exp, sum) read DRAM once between them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._records import RowSpec, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
-from . import advise_huge_pages, check_range, scores, slope
+from . import advise_huge_pages, check_range, rows_of_block, scores, slope
 
 CACHE_BYTES = 2 << 20  # of scores per block: what the second-level caches of a few cores hold twice
 
@@ -120,7 +120,7 @@ def row_gradient(
         if not plain:
             d *= slope(z, spec.scale, spec.softcap)
         if not drop:
-            d = torch.where((target == spec.ignore_index)[:, None], 0, d)
+            d = torch.where((target[rows] == spec.ignore_index)[:, None], 0, d)
         if not direct:
             out[rows] = d.to(out.dtype)
         del z, t, d
@@ -150,15 +150,12 @@ def _can_drop(logits: Tensor) -> bool:
 
 
 def _blocks(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[slice | Tensor]:
-    """The rows that count, in blocks that stay in cache; where they cannot be looked up, all rows at once."""
-    N, C = logits.shape
-    if not _can_drop(logits):
-        yield slice(None)
-        return
-    count = max(1, CACHE_BYTES // (C * compute_dtype(logits).itemsize))
-    keep = None if target.is_floating_point() else target != ignore_index
+    """Blocks of the rows that count; of all rows, where those cannot be looked up."""
+    count = rows_of_block(logits, CACHE_BYTES)
+    look = not target.is_floating_point() and _can_drop(logits)
+    keep = target != ignore_index if look else None
     if keep is None or keep.all():
-        for i in range(0, N, count):
+        for i in range(0, len(logits), count):
             yield slice(i, i + count)
     else:
         yield from torch.split(keep.nonzero()[:, 0], count)
