@@ -169,6 +169,16 @@ def test_emulated_products_are_not_taken(instructions: bool, monkeypatch: pytest
 
 
 @every_half
+def test_a_device_is_asked_once_whether_its_products_write_float32(dtype: torch.dtype) -> None:
+    """Not taken for granted: torch refuses it on a CPU, as some releases and ROCm builds do on their devices."""
+    with Products() as products:
+        assert not _torch._adds_float32.__wrapped__(dtype, torch.device("cpu"))
+        assert _torch._adds_float32.__wrapped__(dtype, torch.device("meta"))
+    assert not products.seen
+    assert not _torch.writes_float32(torch.zeros(1, dtype=dtype))
+
+
+@every_half
 def test_products_that_write_float32_on_meta(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The schemas of torch's own operators take what they are given."""
     monkeypatch.setattr(_torch, "writes_float32", lambda factor: True)

@@ -50,6 +50,10 @@ def linear_cross_entropy(
     Beside the gradients this needs `max_bytes` and a few MB, however many rows there are; with half-precision heads a
     float32 sum of the head's gradient too, which is rounded once at the end.
 
+    The logits of a half-precision head are float32 on CUDA and on a CPU without instructions for products in this
+    dtype. On a CPU that has them (on x86 AMX or AVX512_BF16 for bfloat16, AVX512_FP16 for float16) they are rounded to
+    the head's dtype, as those of :func:`torch.nn.functional.linear` are.
+
     The arguments that :func:`torch.nn.functional.linear_cross_entropy` has mean what they mean there.
 
     Args:
