@@ -19,6 +19,9 @@ Options = dict[str, Any]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1.01 * 2**-8, torch.float16: 1.01 * 2**-11}
 ALL_DTYPES = tuple(TOLERANCE)
 every_dtype = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+torch_has_linear = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch before 2.13 has no such loss to compare with"
+)
 
 NOTHING, EVERYTHING = Wanted(), Wanted(True, True, True)
 
