@@ -37,7 +37,8 @@ def test_everyone_is_checked_and_timed(dtype: str) -> None:
         assert row.status == "ok", f"{name}: {row.note}"
         assert row.ms is not None
         assert name == linear.PRODUCTS or row.error is not None
-    assert sum(name.endswith(" rows") for name in rows) == 1  # of torch's block sizes the best
+    torchs = "F.linear_cross_entropy" in linear.HEADS
+    assert sum(name.endswith(" rows") for name in rows) == torchs  # of its block sizes the best
 
 
 def test_a_wrong_head_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,5 +70,5 @@ def mean_divisor(target: Tensor, row_weight: Tensor | None, ignore_index: int, o
         N = target.shape[0]
         return 1 if N == 0 and on_empty == "zero" else N
     counts = target != ignore_index
-    total = counts.count_nonzero() if row_weight is None else row_weight.sum()
+    total = counts.sum() if row_weight is None else row_weight.sum()
     return total if on_empty == "nan" else total + (~counts).all()

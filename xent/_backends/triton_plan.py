@@ -94,7 +94,8 @@ def options(how: How) -> dict[str, int]:
     extras = how.soft + how.wsum + how.capped + (how.entropy or how.argmax)
     out_of_step = 0 < how.out_align < how.x_align
     lean = extras == 0 and how.w_align == 0 and how.R == 1
-    limit = 255 if out_of_step or extras + (how.real == tl.float64) > 1 else 64 if lean else 128
+    many = out_of_step or extras + (how.real == tl.float64) > 1
+    limit = 255 if many else 64 if lean else 168 if how.wsum else 128
     found = {"num_warps": WARPS, "num_stages": 1, **FUSED}
     return found if torch.version.hip else {**found, "maxnreg": limit}
 
