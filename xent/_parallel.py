@@ -91,7 +91,7 @@ class ParallelStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *saved, layout = ctx.saved_tensors
-        count = 3 + saved[1].is_floating_point() + sum(ctx.wanted)
+        count = ctx.wanted.number(saved[1].is_floating_point())
 
         def gradient(*arguments: Any) -> Tensor:
             return apply(ParallelGrad, ParallelGradForwardMode, *arguments, layout)  # type: ignore[no-any-return]
@@ -107,7 +107,7 @@ class ParallelStats(torch.autograd.Function):
         logits, target = fold(info.batch_size, in_dims[:2], args[:2])
         found = apply(ParallelStats, ParallelStatsForwardMode, logits, target, *args[2:])
         soft, weighted, wanted = args[1].is_floating_point(), args[2] is not None, args[5]
-        dims: list[int | None] = [0] * (3 + soft + sum(wanted)) + [None]
+        dims: list[int | None] = [0] * wanted.number(soft) + [None]
         if weighted:
             dims += [None] if soft else [None, 0]
             dims += [None] * (soft or wanted.wsum)

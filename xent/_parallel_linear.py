@@ -75,7 +75,7 @@ class ParallelLinearStats(torch.autograd.Function):
             return (None,) * 7
         hidden, weight, bias, target, class_weight, top, lse, entropy, layout = ctx.saved_tensors
         wanted, soft, needs = ctx.head.wanted, target.is_floating_point(), ctx.needs_input_grad[:4]
-        upstream, g_mass = upstream_of(wanted, soft, grads[: 3 + soft + sum(wanted)], lse, entropy)
+        upstream, g_mass = upstream_of(wanted, soft, grads[: wanted.number(soft)], lse, entropy)
         rows, rest = (hidden, weight, bias, target, top, lse), (g_mass, class_weight, layout, ctx.group)
         with torch.no_grad():
             if _torch.is_traced(*rows, *upstream, g_mass, class_weight):
@@ -143,7 +143,7 @@ def _empty_stats(h: Tensor, W: Tensor, b: Maybe, y: Tensor, w: Maybe, group: str
     head, soft = head_of(rest), y.is_floating_point()
     dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
     found = Shared.empty(h, len(W), dtype, head.wanted, soft)
-    return found if w is not None else found[: 4 + soft + sum(head.wanted)]
+    return found if w is not None else found[: head.wanted.number(soft) + 1]
 
 
 def _run_grads(h: Tensor, W: Tensor, b: Maybe, y: Tensor, top: Tensor, lse: Tensor, *rest: Any) -> list[Tensor]:

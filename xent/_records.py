@@ -54,6 +54,10 @@ class Wanted(NamedTuple):
         left = iter(found)
         return Stats(*[next(left) if there else None for there in (True, True, True, soft, *self)])  # type: ignore[arg-type]
 
+    def number(self, soft: bool) -> int:
+        """How many there are of `Stats`. Not a sum of the flags, which a compiler may hold as symbols."""
+        return len([there for there in (True, True, True, soft, *self) if there])
+
     def empty(self, rows: Tensor, soft: bool) -> list[Tensor]:
         """Packed results without numbers, one for each of the rows: what a fake operator returns."""
         dtype, count = statistics_dtype(rows.device), 3 + soft + self.wsum + self.entropy

@@ -46,7 +46,7 @@ class Shared(NamedTuple):
     @classmethod
     def unpack(cls, found: Sequence[Tensor], wanted: Wanted, soft: bool, weighted: bool) -> Shared:
         """The inverse."""
-        count = 3 + soft + sum(wanted)
+        count = wanted.number(soft)
         left = iter(found[count:])
         there = (True, weighted, weighted and not soft, weighted and (soft or wanted.wsum))
         return cls(wanted.unpack(found[:count], soft), *[next(left) if yes else None for yes in there])  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def share(
     gathered, sizes = exchange(ranks, C, note, target.device, compute)
 
     weighted = weight is not None and not soft
-    count = 3 + soft + sum(wanted) + weighted
+    count = wanted.number(soft) + weighted
     vectors = list(gathered[:, : count * N].view(len(sizes), count, N).unbind(1))
     row_weight = vectors.pop().sum(0) if weighted else None
     layout = torch.tensor([sum(sizes[: ranks.rank()]), sum(sizes)])
@@ -200,7 +200,7 @@ def _run_stats(logits: Tensor, target: Tensor, weight: Tensor | None, group: str
 def _empty_stats(logits: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
     wanted, soft = Wanted(*flat[5:]), target.is_floating_point()
     found = Shared.empty(logits, logits.shape[1], compute_dtype(logits), wanted, soft)
-    return found if weight is not None else found[: 4 + soft + sum(wanted)]
+    return found if weight is not None else found[: wanted.number(soft) + 1]
 
 
 def _run_grad(
