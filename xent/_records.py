@@ -1,6 +1,8 @@
 """The records of the contract: what is read, what comes out, what is wanted of it, and what flows back.
 
 They are taken as they are everywhere, and flattened, in the order of their fields, for the operators of torch alone.
+
+The letters: logits are (A, B, C), and a row is one of A x B with C classes, so a number per row is (A, B).
 """
 
 from __future__ import annotations
@@ -10,6 +12,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Where the rows of a tensor of logits' shape are: its class dimension, and its positions as A x B."""
+
+    axis: int
+    A: int
+    B: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x as (A, B, C)."""
+        C = x.shape[self.axis]
+        if self.axis != x.dim() - 1:
+            x = x.movedim(self.axis, -1)
+        return x.reshape(self.A, self.B, C)
+
+    def restore(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """(A, B, C) in the shape of the logits."""
+        if self.axis == len(shape) - 1:
+            return rows.reshape(shape)
+        positions = shape[: self.axis] + shape[self.axis + 1 :]
+        return rows.reshape(*positions, rows.shape[2]).movedim(-1, self.axis)
+
+    def shaped(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """One number per row, (A, B), in the shape of the positions of logits of this shape; one in all as it is."""
+        return numbers.view(shape[: self.axis] + shape[self.axis + 1 :]) if numbers.dim() else numbers
 
 
 class RowSpec(NamedTuple):
@@ -23,7 +51,7 @@ class RowSpec(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """One number per row, each float64 (N,) but for `argmax`, int64. None where it was not asked for.
+    """One number per row, each float64 (A, B) but for `argmax`, int64. None where it was not asked for.
 
     All scores are relative to `top`, so that no common offset of the logits eats digits. `top` counts as a constant:
     it has no derivative, and the others' are those of the absolute numbers.
@@ -49,20 +77,20 @@ class Wanted(NamedTuple):
     entropy: bool = False
     argmax: bool = False
 
+    def count(self, soft: bool) -> int:
+        """How many statistics come back. Not a sum of the flags, which a compiler may hold as symbols."""
+        return len([there for there in (True, True, True, soft, *self) if there])
+
     def unpack(self, found: Sequence[Any], soft: bool) -> Stats:
         """`Stats` from those that there are, for probabilities (`soft`) or indices; or from their gradients."""
         left = iter(found)
         return Stats(*[next(left) if there else None for there in (True, True, True, soft, *self)])  # type: ignore[arg-type]
 
-    def number(self, soft: bool) -> int:
-        """How many there are of `Stats`. Not a sum of the flags, which a compiler may hold as symbols."""
-        return len([there for there in (True, True, True, soft, *self) if there])
-
     def empty(self, rows: Tensor, soft: bool) -> list[Tensor]:
-        """Packed results without numbers, one for each of the rows: what a fake operator returns."""
+        """Packed results without numbers, one for each row of `rows` (..., C): what a fake operator returns."""
         dtype, count = statistics_dtype(rows.device), 3 + soft + self.wsum + self.entropy
         dtypes = [dtype] * count + [torch.int64] * self.argmax
-        return [rows.new_empty(rows.shape[:1], dtype=dtype) for dtype in dtypes]
+        return [rows.new_empty(rows.shape[:-1], dtype=dtype) for dtype in dtypes]
 
 
 class Upstream(NamedTuple):

@@ -32,7 +32,7 @@ _ModeKey = torch._C._TorchDispatchModeKey
 _TRACERS = (_ModeKey.FAKE, _ModeKey.PROXY, _ModeKey.FUNCTIONAL)
 
 
-def is_redirected(*tensors: Tensor | None) -> bool:
+def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether a mode, transform, tracer, subclass or batching stands between an operator on these tensors and memory.
 
     Each of them announces itself to the dispatcher by a key of its own, so one that is new is seen, too.
@@ -72,30 +72,31 @@ def is_batched_gradient(tensor: Tensor | None) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def forward_mode_is_on() -> bool:
-    """Whether some tensors may carry tangents."""
-    return torch.autograd.forward_ad._current_level >= 0
+def needs_graph(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether something else than `input` is differentiated, or forward mode is on for any of these."""
+    if torch.is_grad_enabled() and any(other is not None and other.requires_grad for other in others):
+        return True
+    return is_dual(input) or any(other is not None and is_dual(other) for other in others)
 
 
-def transforms() -> list[Any]:
-    """The transforms of torch.func that are active, as `TransformType`, from the outermost."""
-    if not torch._C._are_functorch_transforms_active():
-        return []
-    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+def is_dual(tensor: Tensor) -> bool:
+    """Whether it carries a tangent."""
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
-TransformType = torch._C._functorch.TransformType
+def refuse_nested_forward_mode(tensor: Tensor) -> None:
+    """In a `jvp`: torch gives a custom Function zero tangents there."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if [level.key() for level in levels].count(torch._C._functorch.TransformType.Jvp) > 1:
+        raise NotImplementedError(
+            "forward mode over forward mode: torch gives a custom Function zero tangents there; "
+            "take one of the two derivatives in reverse mode, as torch.func.hessian does"
+        )
 
 
-def call_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply` of a Function without default arguments, and outside of torch.func.
-
-    torch would bind the arguments to the signature of `forward` by inspection, which takes as long as a small batch.
-    What a transform that has ended has left of its wrappers is taken off, as `apply` does.
-    """
-    if torch._C._functorch.is_functorch_wrapped_tensor(args[0]):
-        args = torch._functorch.utils.unwrap_dead_wrappers(args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+def library() -> str:
+    """The file of torch's compiled part: what it links, the loader has loaded."""
+    return torch._C.__file__
 
 
 def process_group(name: str) -> ProcessGroup:

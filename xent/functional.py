@@ -10,16 +10,19 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _layout, _objective, _torch
-from ._autograd import row_stats
-from ._dtensor import distributed, on_logits
-from ._exchange import excused
-from ._parallel import parallel_stats
-from ._plain import Mean, plain_loss
+from ._inputs import options, rows
+from ._inputs.options import overridable
+from ._ranks.dtensor import distributed, on_logits
+from ._ranks.exchange import report_failure_to_ranks
+from ._ranks.functions import rank_stats
 from ._records import RowSpec, Stats, Wanted, compute_dtype
+from ._rows import objective
+from ._rows.functions import row_stats
+from ._rows.loss import loss
+from ._rows.objective import Objective
 
 
-@_layout.overridable
+@overridable
 @distributed(on_logits)
 def cross_entropy(
     input: Float[Tensor, "..."],
@@ -123,40 +126,22 @@ def cross_entropy(
         2016, arXiv:1512.00567; z-loss: Chowdhery et al., 2022, arXiv:2204.02311; softcap: Gemma 2, 2024,
         arXiv:2408.00118. The one-pass stable lse: Milakov and Gimelshein, 2018, arXiv:1805.02867.
     """
-    with excused(group, input):
-        _layout.check_options(ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
-        _layout.check_transform(logit_scale, softcap)
-        logits, y, shape = _layout.to_rows(input, target, dim, ignore_index, inplace_backward)
-        soft, smooth = y.is_floating_point(), label_smoothing > 0
-        _layout.check_weight(weight, logits.shape[1], logits, soft, sharded=group is not None)
-        _layout.check_normalizer_device(normalizer, logits)
+    with report_failure_to_ranks(group, input):
+        options.check_options(
+            ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype, softcap, logit_scale
+        )
+        layout, y, soft = rows.read_batch(input, target, dim, ignore_index, inplace_backward)
+        options.check_weight(weight, input.shape[layout.axis], input, soft, sharded=group is not None)
+        options.check_normalizer_device(normalizer, input)
 
-    spec, wanted = RowSpec(ignore_index, logit_scale, softcap), Wanted(wsum=smooth)
-    dtype = loss_dtype or _layout.result_dtype(input)
-    plain = group is None and reduction == "mean" and weight is None and not (soft or smooth or z_loss)
-    constant = not (isinstance(normalizer, Tensor) and normalizer.requires_grad)
-    seen = _torch.is_redirected(logits, y) or _torch.forward_mode_is_on()
-    if plain and constant and not seen:
-        return plain_loss(logits, y, Mean(normalizer, on_empty, dtype), spec, inplace_backward)
-
+    spec, dtype = RowSpec(ignore_index, logit_scale, softcap), loss_dtype or rows.result_dtype(input)
+    formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore_index, dtype)
     if group is None:
-        C: int | Tensor = logits.shape[1]
-        class_weight = weight.to(compute_dtype(logits)) if weight is not None and (soft or smooth) else None
-        stats = row_stats(logits, y, class_weight, spec, wanted, inplace_backward)
-        row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore_index)
-        weight_sum = C if weight is None else weight.sum(dtype=stats.lse.dtype)
-    else:
-        stats, C, row_weight, weight_sum = parallel_stats(logits, y, weight, group, spec, wanted, inplace_backward)
-    losses = _objective.row_losses(stats, row_weight, weight_sum, C, label_smoothing, z_loss)
-
-    if reduction == "none":
-        return losses.to(dtype).view(shape)
-    total = losses.sum()
-    if reduction == "mean":
-        if normalizer is None:
-            normalizer = _objective.mean_divisor(y, row_weight, ignore_index, on_empty)
-        total = total / normalizer
-    return total.to(dtype)
+        return loss(input, y, weight, normalizer, layout, spec, formula, inplace_backward)
+    stats, terms = rank_stats(input, y, weight, group, layout, spec, formula.wanted, inplace_backward)
+    divisor = objective.divisor(y, terms.row_weight, normalizer, formula)
+    value = objective.reduce(objective.row_losses(stats, terms, formula), divisor, formula)
+    return layout.shaped(value, input.shape)
 
 
 class TokenStats(NamedTuple):
@@ -167,9 +152,6 @@ class TokenStats(NamedTuple):
         lse: :math:`\log \sum_c e^{z_c}`, in nats.
         entropy: :math:`-\sum_c p_c \log p_c \in [0, \log C]`, in nats; None where it was not asked for.
         prediction: :math:`\arg\max_c z_c`, int64; None where it was not asked for.
-
-    Raises:
-        AttributeError: a field is assigned to; a NamedTuple is made once.
 
     Example:
         >>> import torch, xent
@@ -198,7 +180,7 @@ class TokenStats(NamedTuple):
         )
 
 
-@_layout.overridable
+@overridable
 @distributed(on_logits)
 def token_stats(
     input: Float[Tensor, "..."],
@@ -260,17 +242,17 @@ def token_stats(
     Source:
         Focal loss: Lin et al., 2017, arXiv:1708.02002.
     """
-    with excused(group, input):
-        _layout.check_ignore_index(ignore_index)
-        _layout.check_transform(logit_scale, softcap)
-        logits, y, shape = _layout.to_rows(input, target, dim, ignore_index)
-        if y.is_floating_point():
+    with report_failure_to_ranks(group, input):
+        options.check_ignore_index(ignore_index)
+        options.check_transform(logit_scale, softcap)
+        layout, y, soft = rows.read_batch(input, target, dim, ignore_index)
+        if soft:
             raise ValueError(
                 f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
             )
-    spec, wanted = RowSpec(ignore_index, logit_scale, softcap), Wanted(entropy=entropy, argmax=prediction)
+    spec, wanted = RowSpec(ignore_index, logit_scale, softcap), Wanted(False, entropy, prediction)
     if group is None:
-        stats = row_stats(logits, y, None, spec, wanted)
+        stats = row_stats(input, y, layout, spec, wanted)
     else:
-        stats = parallel_stats(logits, y, None, group, spec, wanted).stats
-    return TokenStats._of(stats, compute_dtype(logits), lambda numbers: numbers.view(shape))
+        stats, _ = rank_stats(input, y, None, group, layout, spec, wanted)
+    return TokenStats._of(stats, compute_dtype(input), lambda numbers: layout.shaped(numbers, input.shape))

@@ -7,17 +7,22 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _layout, _linear_layout, _objective
-from ._blocks import Head
-from ._dtensor import distributed, on_head
-from ._exchange import excused
-from ._linear import linear_loss, linear_stats
-from ._parallel_linear import parallel_linear_stats
+from ._head.blocks import HeadOptions
+from ._head.functions import head_loss, head_stats
+from ._inputs import options
+from ._inputs.head import check_max_bytes, to_linear_rows
+from ._inputs.options import overridable
+from ._inputs.rows import result_dtype
+from ._ranks.dtensor import distributed, on_head
+from ._ranks.exchange import report_failure_to_ranks
+from ._ranks.head import rank_head_stats
 from ._records import RowSpec, statistics_dtype
+from ._rows import objective
+from ._rows.objective import Objective
 from .functional import TokenStats
 
 
-@_layout.overridable
+@overridable
 @distributed(on_head)
 def linear_cross_entropy(
     input: Float[Tensor, "... D"],
@@ -105,76 +110,51 @@ def linear_cross_entropy(
         memory: Wijmans et al., Cut Your Losses, 2024, arXiv:2411.09009.
     """
     ignore = -100 if ignore_index is None else ignore_index
-    with excused(group, input):
-        _layout.check_options(ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
-        _layout.check_transform(logit_scale, softcap)
-        budget = _linear_layout.check_max_bytes(max_bytes)
-        rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore)
-        C, hidden = len(linear_weight), rows.hidden
-        soft = rows.heads[0][2].is_floating_point()
-        _layout.check_weight(weight, C, input, False, sharded=group is not None)
-        _layout.check_normalizer_device(normalizer, input)
+    with report_failure_to_ranks(group, input):
+        options.check_options(
+            ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype, softcap, logit_scale
+        )
+        budget = check_max_bytes(max_bytes)
+        rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore)
+        options.check_weight(weight, len(linear_weight), input, False, sharded=group is not None)
+        options.check_normalizer_device(normalizer, input)
         if group is not None and linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D) over a group, got {tuple(linear_weight.shape)}")
 
-    head = Head(RowSpec(ignore, logit_scale, softcap), rows.dtype, budget, rows.shift, label_smoothing, z_loss)
-    dtype = loss_dtype or _layout.result_dtype(input)
+    formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
+    spec, targets = RowSpec(ignore, logit_scale, softcap), rows.targets
+    head = HeadOptions(spec, rows.dtype, budget, rows.shift, label_smoothing, z_loss)
     if group is not None or reduction == "none":
-        losses, row_weight = [], None
+        losses = []
         for W, b, y in rows.heads:
             if group is None:
-                stats = linear_stats(hidden, W, b, y, weight, head)
-                row_weight = None if weight is None or soft else _objective.row_weights(y, weight, ignore)
-                classes: int | Tensor = C
-                weight_sum = C if weight is None else weight.sum(dtype=statistics_dtype(input.device))
+                stats = head_stats(rows.hidden, W, b, y, weight, head)
+                terms = objective.class_terms(y[None], weight, len(W), formula)
             else:
-                arguments = (hidden, W, b, y, weight, head, group)
-                stats, classes, row_weight, weight_sum = parallel_linear_stats(*arguments)
-            losses.append(_objective.row_losses(stats, row_weight, weight_sum, classes, label_smoothing, z_loss))
+                stats, terms = rank_head_stats(rows.hidden, W, b, y, weight, head, group)
+            losses.append(objective.row_losses(stats, terms, formula)[0])
         found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
         if reduction == "none":
-            return _shaped(found.to(dtype), rows)
-        return (found.sum() / _divisor(rows, reduction, row_weight, ignore, normalizer, on_empty)).to(dtype)
+            return rows.shaped(found.to(formula.dtype))
+        return objective.reduce(found, objective.divisor(targets, terms.row_weight, normalizer, formula), formula)
 
-    row_weight = None if weight is None or soft else _objective.row_weights(_targets(rows), weight, ignore)
-    divisor = _divisor(rows, reduction, row_weight, ignore, normalizer, on_empty)
+    row_weight = None
+    if weight is not None and not targets.is_floating_point():
+        row_weight = objective.row_weights(targets, weight, ignore)
+    divisor = objective.divisor(targets, row_weight, normalizer, formula)
+    device, dtype = input.device, statistics_dtype(input.device)
+    if isinstance(divisor, Tensor):  # perhaps one number on the CPU
+        divisor = divisor.to(device, dtype, non_blocking=True)
+    else:
+        divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
     factor = 1 / divisor.detach()
-    total = torch.stack([linear_loss(hidden, W, b, y, factor, weight, head) for W, b, y in rows.heads]).sum()
+    total = torch.stack([head_loss(rows.hidden, W, b, y, factor, weight, head) for W, b, y in rows.heads]).sum()
     if divisor.requires_grad:
         total = total * (divisor.detach() / divisor)
-    return total.to(dtype)
+    return total.to(formula.dtype)
 
 
-def _targets(rows: _linear_layout.LinearRows) -> Tensor:
-    """Those of all heads."""
-    return rows.heads[0][2] if len(rows.heads) == 1 else torch.cat([y for _, _, y in rows.heads])
-
-
-def _divisor(
-    rows: _linear_layout.LinearRows,
-    reduction: str,
-    row_weight: Tensor | None,
-    ignore_index: int,
-    normalizer: float | Tensor | None,
-    on_empty: str,
-) -> Tensor:
-    """What the sum over all rows of all heads is divided by, known before the first block."""
-    target = _targets(rows)
-    if reduction == "sum":
-        found: float | Tensor = 1
-    elif normalizer is not None:
-        found = normalizer
-    else:
-        if target.is_floating_point() and rows.shift:
-            target = target[: len(target) // rows.shift * (rows.shift - 1)]
-        found = _objective.mean_divisor(target, row_weight, ignore_index, on_empty)
-    dtype = statistics_dtype(target.device)
-    if isinstance(found, Tensor):  # perhaps one number on the CPU
-        return found.to(target.device, dtype, non_blocking=True)
-    return torch.full((), found, device=target.device, dtype=dtype)
-
-
-@_layout.overridable
+@overridable
 @distributed(on_head)
 def linear_token_stats(
     input: Float[Tensor, "... D"],
@@ -230,27 +210,20 @@ def linear_token_stats(
     Source:
         As :func:`linear_cross_entropy` (Wijmans et al., 2024).
     """
-    with excused(group, input):
-        _layout.check_ignore_index(ignore_index)
-        _layout.check_transform(logit_scale, softcap)
-        budget = _linear_layout.check_max_bytes(max_bytes)
-        rows = _linear_layout.to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index)
+    with report_failure_to_ranks(group, input):
+        options.check_ignore_index(ignore_index)
+        options.check_transform(logit_scale, softcap)
+        budget = check_max_bytes(max_bytes)
+        rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index)
         (weight, bias, y), *others = rows.heads
         if others or linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
         if y.is_floating_point():
             raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
     spec = RowSpec(ignore_index, logit_scale, softcap)
-    head = Head(spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction)
+    head = HeadOptions(spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction)
     if group is None:
-        stats = linear_stats(rows.hidden, weight, bias, y, None, head)
+        stats = head_stats(rows.hidden, weight, bias, y, None, head)
     else:
-        stats = parallel_linear_stats(rows.hidden, weight, bias, y, None, head, group).stats
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return TokenStats._of(stats, dtype, lambda numbers: _shaped(numbers, rows))
-
-
-def _shaped(numbers: Tensor, rows: _linear_layout.LinearRows) -> Tensor:
-    """One number per position, without the last one of each sequence, which predicts nothing."""
-    numbers = numbers.view(rows.shape)
-    return numbers[..., :-1] if rows.shift else numbers
+        stats, _ = rank_head_stats(rows.hidden, weight, bias, y, None, head, group)
+    return TokenStats._of(stats, head.weight_dtype, rows.shaped)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import _layout, _linear_layout
+from ._inputs.head import check_max_bytes
+from ._inputs.options import check_options
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
+
+
+def _options(function: Callable[..., Tensor], *others: str) -> tuple[str, ...]:
+    """The names of a function's options: its arguments by keyword only, but for `others`."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others)
+
+
+OPTIONS = _options(cross_entropy)
+LINEAR_OPTIONS = _options(linear_cross_entropy, "weight", "linear_bias")
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -66,38 +79,16 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         inplace_backward: bool = False,
         group: ProcessGroup | None = None,
     ) -> None:
-        _layout.check_options(ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
-        _layout.check_transform(logit_scale, softcap)
+        given = {name: value for name, value in locals().items() if name in OPTIONS}
+        check_options(**given)
         super().__init__(weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-        self.dim = dim
-        self.normalizer = normalizer
-        self.on_empty = on_empty
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.loss_dtype = loss_dtype
-        self.inplace_backward = inplace_backward
-        self.group = group
+        for name, value in given.items():
+            setattr(self, name, value)
 
     def forward(self, input: Float[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The loss of a batch; see :func:`xent.cross_entropy`."""
-        return cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            dim=self.dim,
-            normalizer=self.normalizer,
-            on_empty=self.on_empty,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            loss_dtype=self.loss_dtype,
-            inplace_backward=self.inplace_backward,
-            group=self.group,
-        )
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return cross_entropy(input, target, self.weight, **options)
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -161,52 +152,25 @@ class LinearCrossEntropyLoss(nn.Module):
         max_bytes: int | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        ignore = -100 if ignore_index is None else ignore_index
-        _layout.check_options(ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype)
-        _layout.check_transform(logit_scale, softcap)
-        _linear_layout.check_max_bytes(max_bytes)
+        given = {name: value for name, value in locals().items() if name in LINEAR_OPTIONS}
+        check_options(**given | {"ignore_index": -100 if ignore_index is None else ignore_index})
+        check_max_bytes(max_bytes)
         super().__init__()
         self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
         rows = num_classes * math.prod(self.out_features)
         self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.normalizer = normalizer
-        self.on_empty = on_empty
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.loss_dtype = loss_dtype
-        self.shift = shift
-        self.max_bytes = max_bytes
-        self.group = group
+        for name, value in given.items():
+            setattr(self, name, value)
 
     def extra_repr(self) -> str:
-        """The options that are not the default's."""
+        """num_classes, reduction, ignore_index."""
         return f"num_classes={self.num_classes}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
 
     def forward(self, input: Float[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The loss of a batch; see :func:`xent.linear_cross_entropy`."""
         shape = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
-        return linear_cross_entropy(
-            input,
-            self.linear.weight.view(*shape, self.in_features),
-            target,
-            linear_bias=None if bias is None else bias.view(shape),
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            normalizer=self.normalizer,
-            on_empty=self.on_empty,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            loss_dtype=self.loss_dtype,
-            shift=self.shift,
-            max_bytes=self.max_bytes,
-            group=self.group,
-        )
+        options = {name: getattr(self, name) for name in LINEAR_OPTIONS}
+        weight, bias = self.linear.weight.view(*shape, self.in_features), self.linear.bias
+        linear_bias = None if bias is None else bias.view(shape)
+        return linear_cross_entropy(input, weight, target, linear_bias=linear_bias, weight=self.weight, **options)

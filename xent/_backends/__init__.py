@@ -1,4 +1,4 @@
-"""What the backends share: the scores, the check of targets, how memory is asked for.
+"""What the backends share: the scores, the check of targets, blocks of rows, how memory is asked for.
 
 Each backend is a module beside this one, imported only when it is asked for.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def slope(z: Tensor, scale: float, softcap: float | None) -> Tensor | float:
 def rows_of_block(logits: Tensor, cache_bytes: int) -> int:
     """How many rows to take at a time: on the CPU those whose terms take so many bytes; elsewhere, enough to do."""
     budget = cache_bytes if logits.device.type == "cpu" else DEVICE_BYTES
-    return max(1, budget // max(1, logits.shape[1] * compute_dtype(logits).itemsize))
+    return max(1, budget // max(1, logits.shape[-1] * compute_dtype(logits).itemsize))
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -47,11 +48,32 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         assert_on_device(~bad.any(), classes, ignore_index)
     elif bad.any():
-        where = int(bad.nonzero()[0])
+        where = int(bad.flatten().nonzero()[0])
         raise IndexError(
             f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, "
-            f"got {int(target[where])} (row {where} of {target.numel()})"
+            f"got {int(target.flatten()[where])} (row {where} of {target.numel()})"
         )
+
+
+def blocks(A: int, B: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Indices of blocks of about `count` of the A x B rows: whole stretches of B, or parts of one."""
+    if count < B:
+        for a in range(A):
+            for b in range(0, B, count):
+                yield slice(a, a + 1), slice(b, b + count)
+    else:
+        step = count // max(1, B)
+        for a in range(0, A, step):
+            yield slice(a, a + step), slice(None)
+
+
+def elements_are_apart(x: Tensor) -> bool:
+    """Whether no two elements share memory: each step is longer than all shorter ones together."""
+    steps = [(n, stride) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
+    return all(
+        stride > sum((m - 1) * other for j, (m, other) in enumerate(steps) if j != i and other <= stride)
+        for i, (_, stride) in enumerate(steps)
+    )
 
 
 def advise_huge_pages(out: Tensor) -> Tensor:

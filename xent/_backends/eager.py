@@ -1,18 +1,19 @@
 """The two primitives in torch operations: the specification, for any device and dtype.
 
-Rows are taken in blocks, so that no second (N, C) tensor ever exists; on the CPU in blocks whose scores fit in the
-cache, so that the passes over a block (maximum, subtraction, exp, sum) read DRAM once between them.
+Rows are taken in blocks, so that nothing else of the size of the logits ever exists; on the CPU in blocks whose scores
+fit in the cache, so that the passes over a block (maximum, subtraction, exp, sum) read DRAM once between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._records import RowSpec, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
-from . import advise_huge_pages, check_range, rows_of_block, scores, slope
+from . import advise_huge_pages, blocks, check_range, rows_of_block, scores, slope
 
 CACHE_BYTES = 2 << 20  # of scores per block: what the second-level caches of a few cores hold twice
 
@@ -26,13 +27,13 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
-    """See `xent._primitives.row_statistics`."""
+    """See `xent._rows.dispatch.row_statistics`."""
     dtype = statistics_dtype(logits.device)
-    zeros = torch.zeros(len(logits), dtype=dtype, device=logits.device)
+    zeros = torch.zeros(logits.shape[:2], dtype=dtype, device=logits.device)
     soft = target.is_floating_point()
     if not soft:
         check_range(target, spec.classes or 0, spec.ignore_index)
-        y, here = _local(target, spec.start, logits.shape[1])
+        y, here = _local(target, spec.start, logits.shape[2])
 
     top, s = zeros.clone(), zeros + 1  # a row that is never read has lse = log 1
     picked, mass = zeros.clone(), zeros.clone() if soft else None
@@ -41,22 +42,22 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
     argmax = torch.full_like(zeros, -1, dtype=torch.int64) if wanted.argmax else None
     for rows in _blocks(logits, target, spec.ignore_index):
         z = scores(logits[rows], spec.scale, spec.softcap)
-        peak = z.amax(1)
+        peak = z.amax(-1)
         peak = torch.where(peak.isfinite(), peak, 0)  # a row of -inf: exp(-inf - 0), not exp(-inf - -inf)
         top[rows] = peak.to(dtype)
-        u = z - peak[:, None]
+        u = z - peak[..., None]
         if mass is None:
-            picked[rows] = u.gather(1, y[rows, None])[:, 0].to(dtype)
+            picked[rows] = u.gather(-1, y[rows][..., None])[..., 0].to(dtype)
         else:
             q = _weighted(target[rows].to(u.dtype), class_weight)
-            mass[rows] = q.sum(1, dtype=dtype)
+            mass[rows] = q.sum(-1, dtype=dtype)
             picked[rows] = _dot(q, u, dtype)
         if wsum is not None:
-            wsum[rows] = u.sum(1, dtype=dtype) if class_weight is None else _dot(class_weight, u, dtype)
+            wsum[rows] = u.sum(-1, dtype=dtype) if class_weight is None else _dot(class_weight, u, dtype)
         if argmax is not None:
-            argmax[rows] = z.argmax(1)
+            argmax[rows] = z.argmax(-1)
         e = u.exp_() if eu is None else u.exp()
-        s[rows] = e.sum(1).to(dtype)
+        s[rows] = e.sum(-1).to(dtype)
         if eu is not None:
             eu[rows] = _dot(e, u, dtype)
         del z, u, e  # so that the next block gets the same memory, which is in the cache and need not be faulted in
@@ -81,13 +82,13 @@ def row_gradient(
     class_weight: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """See `xent._primitives.row_gradient`."""
+    """See `xent._rows.dispatch.row_gradient`."""
     if out is None:
-        out = advise_huge_pages(torch.empty_like(logits, memory_format=torch.contiguous_format))
+        out = advise_huge_pages(torch.empty_like(logits))
     dtype = compute_dtype(logits)
 
     def column(numbers: Tensor) -> Tensor:
-        return numbers.to(dtype)[:, None]
+        return numbers.to(dtype)[..., None]
 
     # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - top, and lse in the two numbers of the row.
     base, factor = column(top), torch.exp(-lse)
@@ -98,14 +99,15 @@ def row_gradient(
     b = None if upstream.wsum is None else column(upstream.wsum)
     soft = target.is_floating_point()
     if not soft:
-        y, here = _local(target, spec.start, logits.shape[1])
-        y, g = y[:, None], g.masked_fill(~here[:, None], 0)
+        y, here = _local(target, spec.start, logits.shape[2])
+        y, g = y[..., None], g.masked_fill(~here[..., None], 0)
+    ignored = None if soft else (target == spec.ignore_index)[..., None]
     plain = spec.scale == 1 and spec.softcap is None
     drop = soft or _can_drop(logits)
     for rows in _blocks(logits, target, spec.ignore_index):
         z = scores(logits[rows], spec.scale, spec.softcap)
         # Straight into the result where its rows are at hand and z is not needed again: no copy at the end.
-        direct = drop and plain and h is None and out.dtype == dtype and isinstance(rows, slice)
+        direct = drop and plain and h is None and out.dtype == dtype and isinstance(rows[0], slice)
         t = torch.sub(z, base[rows], out=out[rows] if direct else None)
         if h is None:
             d = t.exp_().mul_(a[rows])
@@ -114,18 +116,18 @@ def row_gradient(
         if soft:
             d += g[rows] * _weighted(target[rows].to(dtype), class_weight)
         else:
-            d.scatter_add_(1, y[rows], g[rows])
+            d.scatter_add_(-1, y[rows], g[rows])
         if b is not None:
             d += _weighted(b[rows], class_weight)
         if not plain:
             d *= slope(z, spec.scale, spec.softcap)
-        if not drop:
-            d = torch.where((target[rows] == spec.ignore_index)[:, None], 0, d)
+        if ignored is not None and not drop:
+            d = torch.where(ignored[rows], 0, d)
         if not direct:
             out[rows] = d.to(out.dtype)
         del z, t, d
-    if not soft and drop:
-        out[(target == spec.ignore_index).nonzero()[:, 0]] = 0
+    if ignored is not None and drop:
+        out[ignored[..., 0].nonzero(as_tuple=True)] = 0
     return out
 
 
@@ -135,7 +137,7 @@ def _weighted(coefficient: Tensor, class_weight: Tensor | None) -> Tensor:
 
 def _dot(coefficient: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
     """Row sums of coefficient * u, where a coefficient of 0 contributes 0 even if u is infinite."""
-    return (coefficient * u).masked_fill_(coefficient == 0, 0).sum(1, dtype=dtype)
+    return (coefficient * u).masked_fill_(coefficient == 0, 0).sum(-1, dtype=dtype)
 
 
 def _local(target: Tensor, start: int, C: int) -> tuple[Tensor, Tensor]:
@@ -149,13 +151,12 @@ def _can_drop(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _blocks(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[slice | Tensor]:
-    """Blocks of the rows that count; of all rows, where those cannot be looked up."""
+def _blocks(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Any]]:
+    """Indices of the rows that count, in blocks that stay in cache; of all rows where they cannot be looked up."""
+    A, B, _ = logits.shape
     count = rows_of_block(logits, CACHE_BYTES)
-    look = not target.is_floating_point() and _can_drop(logits)
-    keep = target != ignore_index if look else None
+    keep = target != ignore_index if not target.is_floating_point() and _can_drop(logits) else None
     if keep is None or keep.all():
-        for i in range(0, len(logits), count):
-            yield slice(i, i + count)
+        yield from blocks(A, B, count)
     else:
-        yield from torch.split(keep.nonzero()[:, 0], count)
+        yield from zip(*[torch.split(index, count) for index in keep.nonzero(as_tuple=True)], strict=True)

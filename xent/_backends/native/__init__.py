@@ -1,0 +1,194 @@
+"""The two primitives in compiled C++ for CPU tensors: see native.cpp.
+
+The compiled part takes raw addresses, so everything that it relies on is checked here first, and a tensor that was
+made on the way is held in a variable until the call returns. It is meant to be cheap: one call on a small input costs
+a few microseconds, most of them in making the results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _torch
+from ..._records import RowSpec, Stats, Upstream, Wanted, compute_dtype
+from .. import check_range, elements_are_apart
+
+try:
+    from . import _native  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(
+        f"the compiled extension is missing ({error}); pip builds it where there is a C++17 compiler: install one, "
+        "then `pip install --force-reinstall --no-deps --no-cache-dir --no-binary torch-xent torch-xent`"
+    ) from error
+
+ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"
+FLOAT64 = torch.float64
+LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # the order of `Kernels`
+TARGETS = {torch.int64: 0, torch.int32: 1} | {dtype: 2 + i for dtype, i in LOGITS.items()}  # the order of `Target`
+SOFT = 2  # the first kind of target that is probabilities
+NUMBERS = ("top", "lse", "g_lse", "g_picked", "g_wsum", "g_entropy")
+THREADED = 1 << 16  # logits: fewer are done before other threads have woken up
+
+
+def refusal(logits: Tensor, target: Tensor) -> str | None:
+    """Why this backend cannot take these tensors."""
+    kind = _kind(logits, target)
+    return kind if isinstance(kind, str) else None
+
+
+def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
+    """See `xent._rows.dispatch.row_statistics`."""
+    kind = _taken(logits, target)
+    weight = None if class_weight is None else _class_weight(logits, class_weight)
+    stats = wanted.unpack(wanted.empty(logits, kind >= SOFT), kind >= SOFT)
+    bad = _native.statistics(
+        *_read(logits, target, kind, spec, weight),
+        spec.classes,
+        *[0 if stat is None else stat.data_ptr() for stat in stats],
+    )
+    if bad >= 0:
+        check_range(target, spec.classes or 0, spec.ignore_index)  # raises
+    return stats
+
+
+def row_gradient(
+    logits: Tensor,
+    target: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    upstream: Upstream,
+    spec: RowSpec,
+    class_weight: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """See `xent._rows.dispatch.row_gradient`."""
+    kind = _taken(logits, target)
+    weight = None if class_weight is None else _class_weight(logits, class_weight)
+    shape = logits.shape[:2]
+    given = zip(NUMBERS, (top, lse, *upstream), strict=True)
+    numbers = [None if x is None else _per_row(name, x, shape) for name, x in given]
+    fresh = out is None
+    if out is None:
+        out = torch.empty_like(logits)
+    else:
+        _check_out(out, logits, target)
+    _native.gradient(
+        *_read(logits, target, kind, spec, weight),
+        *[part for x in numbers for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(1)))],
+        out.data_ptr(), *out.stride(), out.itemsize, fresh,
+    )  # fmt: skip
+    return out
+
+
+def _read(logits: Tensor, target: Tensor, kind: int, spec: RowSpec, weight: Tensor | None) -> tuple[Any, ...]:
+    """What each call begins with. An index target has no class stride."""
+    A, B, C = logits.shape
+    return (
+        A, B, C, logits.data_ptr(), *logits.stride(), target.data_ptr(), *target.stride()[:2], target.stride(-1),
+        kind, spec.start, spec.ignore_index, spec.scale, spec.softcap or 0.0,
+        0 if weight is None else weight.data_ptr(), LOGITS[logits.dtype],
+        torch.get_num_threads() if A * B * C >= THREADED else 1,
+    )  # fmt: skip
+
+
+def _kind(logits: Tensor, target: Tensor) -> int | str:
+    """Which of the kinds of target this is, or why these tensors cannot be taken."""
+    if not (logits.is_cpu and target.is_cpu):
+        return f"takes CPU tensors, got logits on {logits.device} and target on {target.device}"
+    if logits.layout is not torch.strided or target.layout is not torch.strided:
+        return f"takes strided tensors, got logits {logits.layout} and target {target.layout}"
+    if logits.is_neg() or target.is_neg():
+        return "takes numbers as they lie in memory, got a view that is yet to be negated"
+    dtype = logits.dtype
+    if dtype not in LOGITS:
+        return f"takes float32, bfloat16, float16 and float64 logits, got {dtype}"
+    shape = logits.shape
+    if len(shape) != 3:
+        return f"takes logits of shape (A, B, C), got {tuple(shape)}"
+    kind = TARGETS.get(target.dtype)
+    if kind is None:
+        return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
+    if kind >= SOFT and target.shape != shape:
+        return f"takes probabilities of the shape of the logits {tuple(shape)}, got {tuple(target.shape)}"
+    if kind < SOFT and target.shape != shape[:2]:
+        return f"takes index targets of shape {tuple(shape[:2])}, got {tuple(target.shape)}"
+    return kind
+
+
+def _taken(logits: Tensor, target: Tensor) -> int:
+    """`_kind`, of tensors that can be taken."""
+    kind = _kind(logits, target)
+    if isinstance(kind, str):
+        raise TypeError(kind)
+    return kind
+
+
+def _per_row(name: str, x: Tensor, shape: torch.Size) -> Tensor:
+    """(A, B) with one stride from row to row: all side by side, or one number for all."""
+    if x.shape != shape or not x.is_cpu:
+        raise ValueError(f"{name}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}")
+    if x.dtype is not FLOAT64 or x.is_neg():
+        x = x.resolve_neg().to(FLOAT64)
+    return x if x.is_contiguous() or x.stride() == (0, 0) else x.contiguous()
+
+
+def _class_weight(logits: Tensor, weight: Tensor) -> Tensor:
+    if weight.shape != logits.shape[2:] or not weight.is_cpu:
+        raise ValueError(
+            f"class_weight: expected a CPU tensor of shape ({logits.shape[2]},), "
+            f"got {tuple(weight.shape)} on {weight.device}"
+        )
+    return weight.resolve_neg().to(compute_dtype(logits)).contiguous()
+
+
+def _check_out(out: Tensor, logits: Tensor, target: Tensor) -> None:
+    """The result may lie exactly over the logits, but over nothing else that is read, and not over itself."""
+    if out.dtype is not logits.dtype or out.shape != logits.shape or not out.is_cpu or out.is_neg():
+        raise ValueError(
+            f"out: expected a {logits.dtype} CPU tensor of shape {tuple(logits.shape)}, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    if not elements_are_apart(out):
+        raise ValueError(f"out: expected elements that lie apart from each other, got strides {out.stride()}")
+    same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
+    if (not same and _overlap(out, logits)) or (target.is_floating_point() and _overlap(out, target)):
+        raise ValueError("out: expected the logits themselves, or memory of its own")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the spans of memory from the first to the last element meet."""
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    begin = x.data_ptr()
+    return begin, begin + (last + 1) * x.itemsize
+
+
+def _use_torch_openmp() -> None:
+    """Give the compiled part the parallel region of the OpenMP runtime that torch itself runs on.
+
+    The order of search is the loader's own: first what is visible to all, so that a preloaded runtime is found, then
+    what torch links. No second runtime is ever loaded, and so no second pool of threads. Where torch has none, or it
+    cannot be found (Windows), one thread does the work.
+    """
+    if sys.platform == "win32" or not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
+        return
+    everywhere = [] if sys.platform == "darwin" else [None]  # macOS binds a library to the one it was linked with
+    for path in [*everywhere, _torch.library()]:
+        library = ctypes.CDLL(path)  # already loaded
+        for name in ("GOMP_parallel", "__kmpc_fork_call"):
+            if hasattr(library, name):
+                address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+                _native.use_openmp(address, name == "__kmpc_fork_call")
+                return
+
+
+_use_torch_openmp()

@@ -1,0 +1,142 @@
+// What one call of a primitive is about, and the few numbers per row that the passes over the logits find.
+//
+// Letters as in dispatch.py: N = A B rows, C classes, x a raw logit, z the logit that counts, y the target, q a target
+// probability, w a class weight, p a probability. Strides are in elements.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+
+enum Target { INT64, INT32, FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };  // class indices, or probabilities
+
+struct Matrix {  // (A, B, C) with any strides, of a type that the code knows; a row is one of A B, B after B
+    void* data;
+    int64_t B, outer_stride, row_stride, class_stride;
+    int64_t offset(int64_t row) const {
+        return row < B ? row * row_stride : row / B * outer_stride + row % B * row_stride;
+    }
+    template <class T>
+    T* at(int64_t row, int64_t c) const {
+        return static_cast<T*>(data) + offset(row) + c * class_stride;
+    }
+};
+
+struct PerRow {  // one number per row, stride 0 where it is the same for all; without data 0
+    const double* data;
+    int64_t stride;
+    double operator[](int64_t row) const { return data ? data[row * stride] : 0; }
+};
+
+// The sums over the classes seen so far of one row, in terms of t = z - max.
+struct Found {
+    double max = -INF;
+    double sum = 0, tilt = 0;  //       sum e^t, sum e^t t
+    double picked = 0, mass = 0;  //    sum k t and sum k, with k = q w; of an index target z_y and 0
+    double wsum = 0, weights = 0;  //   sum w t, sum w
+    int64_t argmax = 0;
+};
+
+struct Call {
+    int64_t N, C;
+    Matrix logits, target;  // index targets have no class stride
+    int64_t target_kind, start, ignore_index;
+    double scale, softcap;  // softcap 0: none
+    const void* weight;     // (C,) in the type of the arithmetic, or null
+
+    // Statistics: null where they are not wanted.
+    double *top, *lse, *picked, *mass, *wsum, *entropy;
+    int64_t* argmax;
+
+    // Gradient.
+    PerRow top_in, lse_in, g_lse, g_picked, g_wsum, g_entropy;
+    Matrix out;
+    bool past_caches;                      // `out` is in no cache
+    const char *zeros_begin, *zeros_end;  // the part of `out` that holds zeros as it is
+    bool scattered;                       // so few rows of it count that small pages take less time than huge ones
+
+    // A task is a block of rows, or where there are few rows, one of the `parts` of a row.
+    int64_t rows_per_task, parts, classes_per_task;
+    Found* found;  // (N, parts), where parts > 1
+
+    struct Range {
+        int64_t row, row_end, at, end;
+    };
+    Range range(int64_t task) const {
+        const int64_t first = task / parts * rows_per_task, last = first + rows_per_task;
+        const int64_t at = task % parts * classes_per_task, end = at + classes_per_task;
+        return {first, last < N ? last : N, at, end < C ? end : C};
+    }
+    bool soft() const { return target_kind >= FLOAT32; }
+    int64_t y(int64_t row) const {
+        return target_kind == INT64 ? *target.at<int64_t>(row, 0) : *target.at<int32_t>(row, 0);
+    }
+    bool ignored(int64_t row) const { return !soft() && y(row) == ignore_index; }
+};
+
+// Express the sums in terms of a larger maximum. With -inf so far they are 0, or NaN, and stay so: -inf - -inf would
+// make NaN of 0.
+inline void rebase(Found& f, double max) {
+    if (f.max > -INF) {
+        const double d = f.max - max, factor = std::exp(d);
+        f.tilt = factor * (f.tilt + d * f.sum);
+        f.sum *= factor;
+        f.picked += f.mass * d;
+        f.wsum += f.weights * d;
+    }
+    f.max = max;
+}
+
+// Add what later classes of the same row gave. A maximum of NaN stands for a NaN logit and wins, the first one first.
+inline void merge(Found& f, Found later) {
+    if (f.max == f.max && !(later.max <= f.max)) {
+        rebase(f, later.max);
+        f.argmax = later.argmax;
+    } else {
+        rebase(later, f.max);
+    }
+    f.sum += later.sum;
+    f.tilt += later.tilt;
+    f.picked += later.picked;
+    f.mass += later.mass;
+    f.wsum += later.wsum;
+    f.weights += later.weights;
+}
+
+inline void finish(const Call& c, int64_t row, Found f) {
+    const bool ignored = c.ignored(row);
+    if (ignored) {
+        f = Found();
+        f.max = 0, f.sum = 1, f.argmax = -1;  // lse = log 1
+    }
+    const double log_sum = std::log(f.sum);
+    const double top = std::isfinite(f.max) ? f.max : 0;
+    if (!c.soft()) {
+        const int64_t y = c.y(row) - c.start;
+        f.picked = ignored || y < 0 || y >= c.C ? 0 : f.picked - top;
+    }
+    c.top[row] = top;
+    c.lse[row] = log_sum;
+    c.picked[row] = f.picked;
+    if (c.mass) c.mass[row] = f.mass;
+    if (c.wsum) c.wsum[row] = f.wsum;
+    if (c.entropy) c.entropy[row] = log_sum - f.tilt / f.sum;  // -sum p (t - log sum)
+    if (c.argmax) c.argmax[row] = f.argmax;
+}
+
+inline void keep(const Call& c, int64_t task, int64_t row, const Found& found) {
+    if (c.parts == 1)
+        finish(c, row, found);
+    else
+        c.found[task] = found;
+}
+
+// The entry points of one instruction set; the types of logits are float32, bfloat16, float16, float64.
+struct Kernels {
+    const char* name;
+    void (*statistics[4])(const Call&, int64_t task);
+    void (*gradient[4])(const Call&, int64_t task);
+    void (*exp32)(const float* t, float* out, int64_t n);
+    void (*exp64)(const double* t, double* out, int64_t n);
+};

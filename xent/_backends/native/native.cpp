@@ -1,0 +1,270 @@
+// The module xent._backends.native._native: the two primitives for CPU tensors, called with addresses and numbers.
+//
+// It knows nothing of torch, so that one binary serves every release of it and of Python; native.py checks the tensors
+// and hands over their addresses. Files: math.h one number, call.h one row's results, rows.h the
+// passes over rows, loops.h their inner loops, threads.h who does what, memory.h how memory is
+// asked for; and here the instruction sets and the Python functions.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "call.h"
+#include "math.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------- instruction sets
+
+#if defined(__GNUC__) && defined(__x86_64__)
+namespace avx512 {
+#define NAME "avx512"
+#define LOOP __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#include "rows.h"
+#undef LOOP
+#undef NAME
+}  // namespace avx512
+
+namespace avx2 {
+#define NAME "avx2"
+#define LOOP __attribute__((noinline, target("avx2,fma")))
+#include "rows.h"
+#undef LOOP
+#undef NAME
+}  // namespace avx2
+#endif
+
+namespace baseline {  // what the compiler may assume anyway: SSE2 on x86-64, NEON on arm64
+#define NAME "baseline"
+#if defined(__GNUC__)
+#define LOOP __attribute__((noinline))
+#else
+#define LOOP
+#endif
+#include "rows.h"
+}  // namespace baseline
+
+// The usable sets, best first.
+int available(const Kernels** sets) {
+    int n = 0;
+#if defined(__GNUC__) && defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        sets[n++] = &avx512::KERNELS;
+    if (fma) sets[n++] = &avx2::KERNELS;
+#endif
+    sets[n++] = &baseline::KERNELS;
+    return n;
+}
+
+const Kernels* kernels;  // in use
+
+// ------------------------------------------------------------------------------------------------- the primitives
+
+// The first row whose index target is neither a class nor ignored; -1 if all are well. Before any logit is read.
+int64_t bad_target(const Call& c, int64_t classes) {
+    for (int64_t row = 0; row < c.N && !c.soft(); ++row) {
+        const int64_t y = c.y(row);
+        if ((y < 0 || y >= classes) && y != c.ignore_index) return row;
+    }
+    return -1;
+}
+
+void statistics_of_few_rows(Call& c, int64_t dtype, unsigned threads) {
+    Found found[FEW_ROWS * MOST_PARTS];
+    c.found = found;
+    run(kernels->statistics[dtype], c, threads);
+    for (int64_t row = 0; row < c.N; ++row) {
+        Found& all = found[row * c.parts];
+        for (int64_t part = 1; part < c.parts; ++part) merge(all, found[row * c.parts + part]);
+        finish(c, row, all);
+    }
+}
+
+void statistics(Call& c, int64_t dtype, unsigned threads) {
+    cut(c);
+    if (c.parts == 1)
+        run(kernels->statistics[dtype], c, threads);
+    else
+        statistics_of_few_rows(c, dtype, threads);
+}
+
+void prepare_out(Call& c, int64_t bytes, bool fresh) {
+    c.past_caches = !fresh && bytes >= LARGE;  // fresh pages are in the cache, where the system has just cleared them
+    if (!fresh || bytes < HUGE_PAGES) return;
+    const Pages pages(c.out.data, bytes);
+    // What the rows that count take, and what they take in huge pages, which are cleared whole.
+    const int64_t row_bytes = bytes / c.N;
+    int64_t counted = c.out.class_stride == 1 ? 0 : bytes, touched = 0, end = 0;  // else rows lie across each other
+    for (int64_t row = 0; row < c.N && counted < bytes; ++row) {
+        if (c.ignored(row)) continue;
+        const int64_t first = row * row_bytes / HUGE_PAGE, last = ((row + 1) * row_bytes - 1) / HUGE_PAGE + 1;
+        counted += row_bytes;
+        touched += (last - (first > end ? first : end)) * HUGE_PAGE;
+        end = last;
+    }
+    if (counted < bytes && bytes >= LARGE && become_zeros(pages)) {
+        c.zeros_begin = pages.begin, c.zeros_end = pages.end;
+        c.scattered = 2 * counted < touched;
+    }
+    if (!c.scattered) advise_huge_pages(pages);
+}
+
+// ------------------------------------------------------------------------------------------------- Python
+
+// Arguments are taken from left to right, as native.py passes them; a failed conversion is seen at the end.
+struct Arguments {
+    PyObject* const* next;
+    int64_t integer() { return PyLong_AsLongLong(*next++); }
+    double real() { return PyFloat_AsDouble(*next++); }
+    template <class T>
+    T* address() {
+        return static_cast<T*>(PyLong_AsVoidPtr(*next++));
+    }
+    Matrix matrix(int64_t B) {
+        void* data = address<void>();
+        const int64_t outer_stride = integer(), row_stride = integer();
+        return {data, B, outer_stride, row_stride, integer()};
+    }
+    PerRow per_row() {
+        double* data = address<double>();
+        return {data, integer()};
+    }
+};
+
+// What both primitives take first.
+Call read_call(Arguments& a) {
+    Call c{};
+    const int64_t A = a.integer(), B = a.integer();
+    c.N = A * B, c.C = a.integer();
+    c.logits = a.matrix(B), c.target = a.matrix(B);
+    c.target_kind = a.integer(), c.start = a.integer(), c.ignore_index = a.integer();
+    c.scale = a.real(), c.softcap = a.real();
+    c.weight = a.address<void>();
+    return c;
+}
+
+bool wrong_count(Py_ssize_t given, Py_ssize_t expected) {
+    if (given == expected) return false;
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, given);
+    return true;
+}
+
+// A tensor without storage (fake, or freed) has the address 0.
+bool unreadable(const Call& c, std::initializer_list<const void*> others) {
+    bool missing = c.N > 0 && (!c.target.data || (c.C > 0 && !c.logits.data));
+    for (const void* address : others) missing |= c.N > 0 && !address;
+    if (missing && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "expected tensors with storage, got none");
+    return PyErr_Occurred();
+}
+
+constexpr int64_t TINY = 4096;  // logits: below, another thread does not wait long enough to be worth a handover
+
+PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 27)) return nullptr;
+    Arguments a{args};
+    Call c = read_call(a);
+    const int64_t dtype = a.integer(), threads = a.integer(), classes = a.integer();
+    c.top = a.address<double>(), c.lse = a.address<double>(), c.picked = a.address<double>();
+    c.mass = a.address<double>(), c.wsum = a.address<double>(), c.entropy = a.address<double>(), c.argmax = a.address<int64_t>();
+    if (unreadable(c, {c.top, c.lse, c.picked})) return nullptr;
+    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
+    const int64_t bad = bad_target(c, classes);
+    if (bad < 0) statistics(c, dtype, unsigned(threads));
+    if (state) PyEval_RestoreThread(state);
+    return PyLong_FromLongLong(bad);
+}
+
+PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 37)) return nullptr;
+    Arguments a{args};
+    Call c = read_call(a);
+    const int64_t dtype = a.integer(), threads = a.integer();
+    c.top_in = a.per_row(), c.lse_in = a.per_row(), c.g_lse = a.per_row();
+    c.g_picked = a.per_row(), c.g_wsum = a.per_row(), c.g_entropy = a.per_row();
+    c.out = a.matrix(c.logits.B);
+    const int64_t itemsize = a.integer(), fresh = a.integer();
+    const void* out = c.C > 0 ? c.out.data : c.lse_in.data;
+    if (unreadable(c, {c.top_in.data, c.lse_in.data, c.g_lse.data, c.g_picked.data, out})) return nullptr;
+    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
+    prepare_out(c, c.N * c.C * itemsize, fresh != 0);
+    fresh ? cut_fresh(c, threads) : cut(c);
+    run(kernels->gradient[dtype], c, unsigned(threads));
+    if (state) PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
+// (address of the entry point, whether it is kmpc's)
+PyObject* py_use_openmp(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 2)) return nullptr;
+    void* address = PyLong_AsVoidPtr(args[0]);
+    if (PyErr_Occurred()) return nullptr;
+    const bool kmpc = PyObject_IsTrue(args[1]) == 1;
+    gomp_parallel = kmpc ? nullptr : bits<decltype(gomp_parallel)>(address);
+    kmpc_fork_call = kmpc ? bits<decltype(kmpc_fork_call)>(address) : nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject* py_instruction_sets(PyObject*, PyObject*) {
+    const Kernels* sets[3];
+    const int n = available(sets);
+    PyObject* names = PyTuple_New(n);
+    for (int i = 0; names && i < n; ++i) PyTuple_SetItem(names, i, PyUnicode_FromString(sets[i]->name));
+    return names;
+}
+
+// Take the instruction set of this name; returns the name of the one in use before. For tests.
+PyObject* py_use(PyObject*, PyObject* name) {
+    const Kernels* sets[3];
+    const Kernels* before = kernels;
+    for (int i = available(sets) - 1; i >= 0; --i)
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, sets[i]->name) == 0) {
+            kernels = sets[i];
+            return PyUnicode_FromString(before->name);
+        }
+    return PyErr_Format(PyExc_ValueError, "expected an instruction set of this machine, got %R", name);
+}
+
+// exp of float32 (or float64) numbers, for tests: (address of numbers, address of results, count, bytes per number)
+PyObject* py_exp(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 4)) return nullptr;
+    Arguments a{args};
+    void *t = a.address<void>(), *out = a.address<void>();
+    const int64_t n = a.integer(), itemsize = a.integer();
+    if (PyErr_Occurred()) return nullptr;
+    if (itemsize == 4)
+        kernels->exp32(static_cast<float*>(t), static_cast<float*>(out), n);
+    else
+        kernels->exp64(static_cast<double*>(t), static_cast<double*>(out), n);
+    Py_RETURN_NONE;
+}
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction fast(FastCall function) { return bits<PyCFunction>(function); }
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+    static PyMethodDef methods[] = {
+        {"statistics", fast(py_statistics), METH_FASTCALL, nullptr},
+        {"gradient", fast(py_gradient), METH_FASTCALL, nullptr},
+        {"use_openmp", fast(py_use_openmp), METH_FASTCALL, nullptr},
+        {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
+        {"use", py_use, METH_O, nullptr},
+        {"exp", fast(py_exp), METH_FASTCALL, nullptr},
+        {nullptr, nullptr, 0, nullptr},
+    };
+    static PyModuleDef module = {
+        PyModuleDef_HEAD_INIT, "xent._backends.native._native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr,
+    };
+    const Kernels* sets[3];
+    available(sets);
+    kernels = sets[0];
+    return PyModule_Create(&module);
+}

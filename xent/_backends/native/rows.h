@@ -1,0 +1,239 @@
+// The two passes over the logits, for one instruction set: native.cpp includes this file once for each, inside a
+// namespace, with LOOP defined as the attributes of a function that is compiled for it, and NAME as its name.
+//
+//     statistics  reads each logit from memory once; writes a few numbers per row
+//     gradient    reads each logit once, writes each gradient once; `out` may lie over the logits
+//
+// Neither stores a probability. A row is taken in chunks that stay in the first-level cache, so that several loops
+// over a chunk read memory once between them. T is a type in memory, F that of the arithmetic on it: double for
+// double, float for the others. Numbers per row are double.
+
+constexpr int CHUNK = 512;
+constexpr int AHEAD = 8192;  // bytes
+constexpr int TILE = 16;  // rows: as many float32 numbers as a line of memory holds
+
+template <class T>
+using Compute = decltype(widen(T{}));
+
+#include "loops.h"
+
+// ------------------------------------------------------------------------------------------------- chunks
+
+// The logits that count: the row itself where it is that, else `buffer`. For `padded`, whole vectors of them, the last
+// filled up with -inf, which no sum of exponentials notices: what is left over of a vector would cost more than one.
+template <class T, class F>
+INLINE const F* scores(const Call& c, const T* x, int n, F* buffer, bool padded) {
+    const int end = padded ? whole(n) : n;
+    for (int i = n; i < end; ++i) buffer[i] = -F(INF);
+    if constexpr (std::is_same_v<T, F>) {
+        if (c.scale == 1 && c.softcap == 0) {
+            if (n == end) return x;
+            std::memcpy(buffer, x, size_t(n) * sizeof(F));
+            return buffer;
+        }
+    }
+    if (c.softcap == 0)
+        convert(x, n, F(c.scale), buffer);
+    else
+        convert_capped(x, n, F(c.scale), F(c.softcap), buffer);
+    return buffer;
+}
+
+template <class T, class F>
+INLINE const F* converted(const Matrix& x, int64_t row, int64_t at, int n, F* buffer) {
+    T t_buffer[CHUNK];
+    const T* t = x.at<T>(row, at);
+    if constexpr (std::is_same_v<T, F>) {
+        if (x.class_stride == 1) return t;
+    }
+    if (x.class_stride != 1) {
+        gather(x, row, 1, at, n, t_buffer);
+        t = t_buffer;
+    }
+    convert(t, n, F(1), buffer);
+    return buffer;
+}
+
+template <class F>
+INLINE const F* probabilities(const Call& c, int64_t row, int64_t at, int n, F* buffer) {
+    if (c.target_kind == FLOAT32) return converted<float>(c.target, row, at, n, buffer);
+    if (c.target_kind == BFLOAT16) return converted<BFloat16>(c.target, row, at, n, buffer);
+    if (c.target_kind == FLOAT16) return converted<Float16>(c.target, row, at, n, buffer);
+    return converted<double>(c.target, row, at, n, buffer);
+}
+
+// exp is taken relative to the maximum so far, which is nearly always that of the whole row after the first chunks.
+// The few chunks that turn out to raise it (all of them, if the logits are sorted) are gone over again, in the cache.
+template <class T, class F>
+INLINE void add_exp(const Call& c, Found& found, const T* x, const F* z, int n, int64_t at) {
+    const auto sums = [&](F base) {
+        const char* logits = reinterpret_cast<const char*>(x);
+        const int size = sizeof(T);
+        return c.entropy ? sum_exp<true>(z, n, base, logits, size) : sum_exp<false>(z, n, base, logits, size);
+    };
+    F top = found.max == -INF ? maximum(z, n) : F(found.max);
+    Sums<F> s = sums(top == -F(INF) ? 0 : top);  // only -inf yet: exp(-inf - 0), not exp(-inf - -inf)
+    if (s.above) {
+        top = maximum(z, n);
+        s = sums(top);
+    }
+    if (top > found.max) {
+        rebase(found, top);
+        if (c.argmax) found.argmax = at + find(z, n, top);
+    }
+    if (c.argmax && s.sum != s.sum && found.max == found.max) {
+        const F nan = std::numeric_limits<F>::quiet_NaN();
+        const int first = find(z, n, nan);
+        if (first < n) found.max = nan, found.argmax = at + first;  // stays, for nothing is larger than NaN
+    }
+    found.sum += s.sum;
+    found.tilt += s.tilt;
+}
+
+template <class T, class F>
+INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int n) {
+    F z_buffer[CHUNK], q_buffer[CHUNK];
+    const T* x = c.logits.at<T>(row, at);
+    const F* z = scores(c, x, n, z_buffer, true);
+    const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
+    add_exp(c, found, x, z, n, at);
+    const double base = std::isfinite(found.max) ? found.max : 0;
+    if (c.wsum) dot<F>(nullptr, w, z, n, base, found.weights, found.wsum);
+    if (c.soft()) {
+        dot(probabilities(c, row, at, n, q_buffer), w, z, n, base, found.mass, found.picked);
+    } else {
+        const int64_t y = c.y(row) - c.start - at;
+        if (0 <= y && y < n) found.picked = z[y];
+    }
+}
+
+template <class T, class F>
+INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F top, F a, F h) {
+    F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
+    const T* x = c.logits.at<T>(row, at);
+    const char* logits = reinterpret_cast<const char*>(x);
+    const F* z = scores(c, x, n, z_buffer, false);
+    const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
+    T* out = c.out.at<T>(row, at);
+    F* d = d_buffer;
+    if constexpr (std::is_same_v<T, F>) d = out;
+    const int64_t y = c.soft() ? -1 : c.y(row) - c.start - at;
+    const bool here = 0 <= y && y < n;
+    const double z_y = here ? z[y] : 0;  // read before d, which may lie over z, is written
+
+    if (c.g_entropy.data)
+        softmax<true>(z, n, top, a, h, d, logits, int(sizeof(T)));
+    else
+        softmax<false>(z, n, top, a, h, d, logits, int(sizeof(T)));
+    if (c.soft()) add_weighted(F(c.g_picked[row] * c.scale), probabilities(c, row, at, n, q_buffer), w, n, d);
+    if (c.g_wsum.data) add_weighted<F>(F(c.g_wsum[row] * c.scale), nullptr, w, n, d);
+    if (c.softcap != 0) multiply_slope(z, n, F(c.softcap), d);
+    if (here) {  // p - 1 may be tiny: all of it in double, rounded once
+        const double t = z_y - c.top_in[row] - c.lse_in[row], u = c.softcap == 0 ? 0 : z_y / c.softcap;
+        const double p_term = t < -1000 ? 0 : std::exp(t) * (c.g_lse[row] - c.g_entropy[row] * t);
+        const double dz = p_term + c.g_picked[row] + c.g_wsum[row] * (w ? double(w[y]) : 1);
+        d[y] = F(dz * c.scale * (1 - u * u));
+    }
+    if constexpr (!std::is_same_v<T, F>) store(d, n, out);
+}
+
+// ------------------------------------------------------------------------------------------------- rows
+
+INLINE int chunk(int64_t left) { return left < CHUNK ? int(left) : CHUNK; }
+
+template <class T>
+INLINE Found scan(const Call& c, int64_t row, int64_t at, int64_t end) {
+    Found found;
+    if (!c.ignored(row))
+        for (; at < end; at += CHUNK) add_chunk<T, Compute<T>>(c, found, row, at, chunk(end - at));
+    return found;
+}
+
+template <class T>
+INLINE void clear(const Call& c, int64_t row, int64_t at, int64_t end) {
+    char* out = reinterpret_cast<char*>(c.out.at<T>(row, at));
+    const int64_t bytes = (end - at) * int64_t(sizeof(T));
+    if (c.zeros_begin <= out && out + bytes <= c.zeros_end) return;
+    if (c.past_caches)
+        clear_past_caches(out, bytes);
+    else
+        std::memset(out, 0, size_t(bytes));
+}
+
+// p (g - e log p) = e^t (a - h t) with t = z - top, and lse in the two factors of the row, which are taken in double.
+template <class T>
+INLINE void write_gradient(const Call& c, int64_t row, int64_t at, int64_t end) {
+    if (c.ignored(row)) return clear<T>(c, row, at, end);
+    if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row, at)), (end - at) * int64_t(sizeof(T)));
+    using F = Compute<T>;
+    const double lse = c.lse_in[row], factor = std::exp(-lse) * c.scale, g_entropy = c.g_entropy[row];
+    const F a = F((c.g_lse[row] + g_entropy * lse) * factor), h = F(g_entropy * factor);
+    for (; at < end; at += CHUNK) gradient_chunk<T>(c, row, at, chunk(end - at), F(c.top_in[row]), a, h);
+}
+
+// ------------------------------------------------------------------------------------------------- tasks
+
+// Where the classes do not lie side by side, a tile of rows and classes is copied to where they do, and back. In a
+// transposed matrix each line of memory holds one class of several rows: so it is read once and not once for each row.
+template <class T>
+INLINE Matrix tile_at(T* tile, int64_t row, int64_t at) {  // indexed as the whole matrix is
+    const intptr_t origin = reinterpret_cast<intptr_t>(tile) - (row * CHUNK + at) * int64_t(sizeof(T));
+    return {reinterpret_cast<void*>(origin), std::numeric_limits<int64_t>::max(), 0, CHUNK, 1};
+}
+
+template <class T>
+LOOP void statistics(const Call& c, int64_t task) {
+    const Call::Range r = c.range(task);
+    const int height = c.logits.class_stride == 1 ? 1 : TILE;
+    for (int64_t row = r.row; row < r.row_end; row += height) {
+        if (height == 1) {
+            keep(c, task, row, scan<T>(c, row, r.at, r.end));
+            continue;
+        }
+        T tile[TILE * CHUNK];
+        Found found[TILE];
+        Call view = c;
+        const int rows = r.row_end - row < TILE ? int(r.row_end - row) : TILE;
+        for (int64_t at = r.at; at < r.end; at += CHUNK) {
+            const int n = chunk(r.end - at);
+            gather(c.logits, row, rows, at, n, tile);
+            view.logits = tile_at(tile, row, at);
+            for (int k = 0; k < rows; ++k) {
+                const Found part = scan<T>(view, row + k, at, at + n);
+                at == r.at ? void(found[k] = part) : merge(found[k], part);
+            }
+        }
+        for (int k = 0; k < rows; ++k) keep(c, task, row + k, found[k]);
+    }
+}
+
+template <class T>
+LOOP void gradient(const Call& c, int64_t task) {
+    const Call::Range r = c.range(task);
+    const bool tiled = c.logits.class_stride != 1 || c.out.class_stride != 1;
+    for (int64_t row = r.row; row < r.row_end; row += tiled ? TILE : 1) {
+        if (!tiled) {
+            write_gradient<T>(c, row, r.at, r.end);
+            continue;
+        }
+        T tile[TILE * CHUNK];
+        Call view = c;
+        view.past_caches = false;
+        const int rows = r.row_end - row < TILE ? int(r.row_end - row) : TILE;
+        for (int64_t at = r.at; at < r.end; at += CHUNK) {
+            const int n = chunk(r.end - at);
+            gather(c.logits, row, rows, at, n, tile);
+            view.logits = view.out = tile_at(tile, row, at);
+            for (int k = 0; k < rows; ++k) write_gradient<T>(view, row + k, at, at + n);
+            scatter(tile, row, rows, at, n, c.out);
+        }
+    }
+}
+
+constexpr Kernels KERNELS = {
+    NAME,
+    {statistics<float>, statistics<BFloat16>, statistics<Float16>, statistics<double>},
+    {gradient<float>, gradient<BFloat16>, gradient<Float16>, gradient<double>},
+    exp_all<float>,
+    exp_all<double>,
+};

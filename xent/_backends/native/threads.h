@@ -1,0 +1,64 @@
+// How one call is cut into tasks, and how threads take them.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+#include "call.h"
+
+// The runtime that torch itself uses starts the threads: native.py finds its entry point. Either of the two that
+// compilers call at a parallel region will do.
+inline void (*gomp_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+inline void (*kmpc_fork_call)(void* location, int32_t count, void (*body)(int32_t*, int32_t*, void*), ...);
+
+struct Work {
+    void (*kernel)(const Call&, int64_t task);
+    const Call& call;
+    int64_t tasks;
+    std::atomic<int64_t> next;
+};
+
+// Each thread takes the next task that is left, so that ignored rows and a busy core do not leave the others waiting.
+inline void take_tasks(void* data) {
+    Work& work = *static_cast<Work*>(data);
+    for (int64_t task; (task = work.next.fetch_add(1)) < work.tasks;) work.kernel(work.call, task);
+}
+
+inline void take_tasks_kmpc(int32_t*, int32_t*, void* data) { take_tasks(data); }
+
+struct Location {  // of a parallel region in the source, which kmpc wants to know: "unknown"
+    int32_t reserved[4];
+    const char* source;
+};
+
+inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned threads) {
+    const int64_t blocks = (call.N + call.rows_per_task - 1) / call.rows_per_task;
+    Work work{kernel, call, blocks * call.parts, {0}};
+    if (threads > 1 && work.tasks > 1 && gomp_parallel) {
+        gomp_parallel(take_tasks, &work, threads, 0);
+    } else if (threads > 1 && work.tasks > 1 && kmpc_fork_call) {
+        Location location = {{0, 2, 0, 0}, ";unknown;unknown;0;0;;"};
+        kmpc_fork_call(&location, 1, take_tasks_kmpc, &work);
+    } else {
+        take_tasks(&work);
+    }
+}
+
+constexpr int64_t TASK = 32768;  // logits: enough to be worth handing out, too few to leave a thread waiting long
+constexpr int64_t FEW_ROWS = 16, MOST_PARTS = 16;
+
+// The same for every number of threads, so that the statistics are too.
+inline void cut(Call& c) {
+    c.rows_per_task = TASK / (c.C + 1) + 1;
+    if (c.logits.class_stride != 1 || c.out.class_stride != 1) c.rows_per_task = (c.rows_per_task + 15) / 16 * 16;
+    c.classes_per_task = c.N > FEW_ROWS ? c.C + 1 : (c.C / TASK / MOST_PARTS + 1) * TASK;
+    c.parts = c.C / c.classes_per_task + 1;
+    if (c.parts > 1) c.rows_per_task = 1;
+}
+
+// Into fresh memory threads write far apart: two that touch the same huge page at the same time would both clear one,
+// and one of them for nothing.
+inline void cut_fresh(Call& c, int64_t threads) {
+    cut(c);
+    const int64_t rows = c.N / (4 * threads);
+    if (c.rows_per_task < rows) c.rows_per_task = rows;
+}

@@ -1,0 +1,148 @@
+"""The two primitives as Triton kernels, for CUDA and ROCm: what is made, chosen and launched.
+
+plan.py chooses the tiles, forward.py and backward.py are the kernels, rows.py is what both share.
+
+Roofline. Nothing but the logits and their gradient is as long as a row, and every byte of them crosses the bus once:
+
+    bytes per logit                              float64    float32    bfloat16, float16
+    forward: reads                                     8          4                    2
+    backward: reads, and writes the gradient          16          8                    4
+    both (a copy of the logits: 16, 8, 4)             24         12                    6
+
+A probability adds its own bytes to either direction, class weights (which stay in the caches) nothing. At the bandwidth
+of the data sheet, picoseconds per logit for both directions, and the share of that bandwidth that is expected:
+
+    A100 80 GB, 2.0 TB/s                              12        6.0                  3.0      85 to 90 %
+    H100 SXM, 3.35 TB/s                              7.2        3.6                  1.8      85 to 90 %
+
+The shares are EXPECTED, NOT MEASURED: no device was at hand. `python benchmarks/bench.py --device cuda` measures them,
+beside what a copy of the same size reaches, which is the limit. They rest on
+
+- arithmetic: in bfloat16 an H100 (132 multiprocessors of 128 lanes, 1.7 GHz) has time for 17 instructions per logit in
+  forward and 34 in backward before arithmetic is the limit, and for 2 and 4 exps; an A100 for 19 and 39. The compiled
+  loops have 9 and 13, and one exp: tests/test_triton_compile.py counts them. Least room is left for softcap;
+- bytes on their way: a latency of 700 ns asks an H100 for 18 KB per multiprocessor at all times. Eight programs of 128
+  threads with 64 registers each fit, and have 64 KB on their way whenever they wait.
+
+float64 is bound by memory only where the device is made for it: others have a 32nd or 64th of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..._records import RowSpec, Stats, Upstream, Wanted
+from .. import assert_on_device, check_range
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError(
+        f"triton cannot be imported ({error}); `pip install triton==3.7.1` is the one that torch 2.13 needs"
+    ) from error
+
+from .backward import row_gradient_kernel
+from .forward import combine_kernel, row_statistics_kernel
+from .plan import FUSED, batch, compile_options, configure, processors, row_strides, share
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ABOUT = f"Triton {triton.__version__}, " + ("interpreted: slow, for tests" if INTERPRETED else "for CUDA and ROCm")
+LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TARGETS = (torch.int64, torch.int32, *LOGITS)
+FIELDS = 9  # of a state in forward.py
+
+
+def refusal(logits: Tensor, target: Tensor) -> str | None:
+    """Why this backend cannot take these tensors."""
+    if target.device != logits.device:
+        return f"takes tensors on one device, got logits on {logits.device} and target on {target.device}"
+    if logits.device.type != ("cpu" if INTERPRETED else "cuda"):  # which is what torch calls ROCm, too
+        return f"takes CUDA and ROCm tensors (under TRITON_INTERPRET=1 only the CPU's), got logits on {logits.device}"
+    if INTERPRETED and os.environ.get("XENT_BACKEND") != "triton":
+        return "is a hundred times slower in the interpreter: only where XENT_BACKEND=triton asks for it"
+    if logits.layout is not torch.strided or target.layout is not torch.strided:
+        return f"takes strided tensors, got logits {logits.layout} and target {target.layout}"
+    if logits.is_neg() or target.is_neg():
+        return "takes numbers as they lie in memory, got a view that is yet to be negated"
+    if logits.dtype not in LOGITS:
+        return f"takes float32, bfloat16, float16 and float64 logits, got {logits.dtype}"
+    if target.dtype not in TARGETS:
+        return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
+    return None
+
+
+def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
+    """See `xent._rows.dispatch.row_statistics`."""
+    A, B, C = logits.shape
+    N, batch_size = A * B, batch(logits, target)
+    ignore_index, scale, softcap, start, classes = spec
+    soft = target.is_floating_point()
+    w = class_weight if soft or wanted.wsum else None
+    w = None if w is None else w.contiguous()
+    config = replace(configure(logits, target, w, scale, softcap), **wanted._asdict())
+    splits, span = share(config, N, C, processors(logits.device))
+
+    stats = wanted.unpack(wanted.empty(logits, soft), soft)
+    parts = stats.lse.new_empty(FIELDS, N, splits) if splits > 1 else None
+    in_range = None if soft else stats.lse.new_ones((), dtype=torch.int32)
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        row_statistics_kernel[triton.cdiv(N, config.R), splits](
+            logits, *_strides(logits), target, *_strides(target), w, *stats, parts, in_range,
+            N, batch_size, C, start, classes, ignore_index, scale, softcap or 1.0, span, config,
+            **compile_options(config),
+        )  # fmt: skip
+        if parts is not None:
+            config = replace(config, R=1, K=splits)
+            combine_kernel[(N,)](
+                parts, target, *row_strides(target), *stats, N, batch_size, C, start, ignore_index, config,
+                num_warps=1, **FUSED,
+            )  # fmt: skip
+    if in_range is not None and _on_device(logits):
+        assert_on_device(in_range, classes or 0, ignore_index)
+    elif in_range is not None and not in_range:
+        check_range(target, classes or 0, ignore_index)  # raises
+    return stats
+
+
+def row_gradient(
+    logits: Tensor,
+    target: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    upstream: Upstream,
+    spec: RowSpec,
+    class_weight: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """See `xent._rows.dispatch.row_gradient`."""
+    A, B, C = logits.shape
+    ignore_index, scale, softcap, start, _ = spec
+    if out is None:
+        out = torch.empty_like(logits)  # dense, in the same order of memory
+    numbers = (top, lse, *upstream)
+    N, batch_size = A * B, batch(logits, out, target, *numbers)
+    w = class_weight if target.is_floating_point() or upstream.wsum is not None else None
+    w = None if w is None else w.contiguous()
+    config = configure(logits, target, w, scale, softcap, out)
+    splits, span = share(config, N, C, processors(logits.device))
+    per_row = [part for g in numbers for part in ((g, 0, 0) if g is None else (g, *row_strides(g)))]
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        row_gradient_kernel[triton.cdiv(N, config.R), splits](
+            logits, *_strides(logits), out, *_strides(out), target, *_strides(target), w, *per_row,
+            N, batch_size, C, start, ignore_index, scale, softcap or 1.0, span, config, **compile_options(config),
+        )  # fmt: skip
+    return out
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of rows, and of classes, which index targets have none of."""
+    return *row_strides(x), x.stride(2) if x.dim() == 3 else 0
+
+
+def _on_device(logits: Tensor) -> bool:
+    """Whether a look at a number would have to wait for it."""
+    return not logits.is_cpu

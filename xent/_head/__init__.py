@@ -1,0 +1,1 @@
+"""A linear head with its loss: rows of logits that exist for one block at a time."""

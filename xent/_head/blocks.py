@@ -1,0 +1,267 @@
+"""The loss of logits that are never held: blocks of rows, each `hidden @ weight.T` within a budget of bytes.
+
+For one block of n rows,
+
+    logits = h W^T + b        (n, C), into one buffer that every block uses again
+    stats  = row_statistics(logits)                   then the formula of `objective.py` on n numbers
+    G      = row_gradient(logits), in the same buffer
+    dh     = G W              dW += G^T h             db += sum_n G
+
+`loss_and_grads` is for a mean or a sum: all of it in one go, since only the upstream gradient of the loss is missing,
+one number that every gradient is proportional to. Three matrix products. `stats_of` returns numbers per row, whose
+upstream gradients are known only in backward: `stats_grads` computes the logits of each block again. Four products.
+
+Rows that are ignored are left out before the first product.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Concatenate, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+
+from .._backends import advise_huge_pages, check_range
+from .._records import Layout, RowSpec, Stats, Upstream, Wanted, compute_dtype
+from .._rows import objective, operators
+from .._rows.derivatives import coefficient_gradient
+from .._rows.objective import Objective
+from .products import add_outer, block_dtype, hidden_gradient, logits_of
+
+P = ParamSpec("P")
+Needs = tuple[bool, bool, bool, bool]  # whether a gradient of (hidden, weight, bias, target) is wanted
+FEW = 1 << 18  # logits: what is made of so many at a time stays in the cache
+
+
+class HeadOptions(NamedTuple):
+    """The options of a call that are no tensors. `dtype` is that of the products (autocast's, where it is on)."""
+
+    spec: RowSpec
+    dtype: torch.dtype
+    max_bytes: int
+    shift: int = 0  #  T > 0: of each T rows the last does not count, and row n belongs to row n + 1 of the targets
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    entropy: bool = False
+    argmax: bool = False
+
+    @property
+    def wanted(self) -> Wanted:
+        """The optional statistics."""
+        return Wanted(self.label_smoothing > 0, self.entropy, self.argmax)
+
+    @property
+    def objective(self) -> Objective:
+        """The formula of a row's loss."""
+        return Objective("sum", self.label_smoothing, self.z_loss, ignore_index=self.spec.ignore_index)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of class weights, and of the sum of the head's gradient."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+class Block(NamedTuple):
+    """Some rows, and where they come from."""
+
+    rows: slice | Tensor
+    targets: slice | Tensor  # theirs: the next ones, where the targets are shifted
+    hidden: Tensor  # (n, D)
+    target: Tensor  # (1, n) or (1, n, C)
+    logits: Tensor  # (1, n, C), in the buffer that all blocks share
+
+
+class Blocks:
+    """Hidden states, head and targets, cut into blocks of equal size whose logits fit the budget."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: HeadOptions
+    ) -> None:
+        """`hidden` and `target` have rows; all floating tensors but probabilities are cast to the products' dtype."""
+        self.hidden, self.target, self.options = hidden, target, options
+        self.weight, self.bias = weight.to(options.dtype), None if bias is None else bias.to(options.dtype)
+        N, C = len(hidden), len(weight)
+        self.kept: Tensor | None = None
+        if not target.is_floating_point():
+            check_range(target, options.spec.classes or C, options.spec.ignore_index)
+            kept = (target != options.spec.ignore_index).nonzero()[
+                :, 0
+            ]  # the one time that the host waits for a device
+            self.kept = None if len(kept) == N else kept
+        elif options.shift:
+            self.kept = torch.arange(N, device=hidden.device).view(-1, options.shift)[:, :-1].flatten()
+        count = N if self.kept is None else len(self.kept)
+        dtype = block_dtype(options.dtype, hidden.device)
+        per_row = C * dtype.itemsize + hidden.shape[1] * (options.dtype.itemsize + compute_dtype(weight).itemsize)
+        number = max(1, math.ceil(count / max(1, options.max_bytes // max(1, per_row))))
+        self.edges = [count * i // number for i in range(number + 1)]
+        size = math.ceil(count / number)
+        self.buffer = advise_huge_pages(torch.empty(size, C, dtype=dtype, device=hidden.device))
+
+    def __iter__(self) -> Iterator[Block]:
+        """Each block with its logits. The same buffer again: a block ends where the next begins."""
+        shifted = self.options.shift and self.target.is_floating_point()
+        for begin, end in zip(self.edges, self.edges[1:], strict=False):
+            rows = slice(begin, end) if self.kept is None else self.kept[begin:end]
+            targets = rows + 1 if shifted and isinstance(rows, Tensor) else rows
+            h = self.hidden[rows].to(self.options.dtype)
+            logits = logits_of(h, self.weight, self.bias, out=self.buffer[: end - begin])
+            yield Block(rows, targets, h, self.target[targets][None], logits[None])
+
+    def stats(self, block: Block, class_weight: Tensor | None) -> Stats:
+        """The statistics of a block, each (1, n)."""
+        options = self.options
+        layout = Layout(2, *block.logits.shape[:2])
+        return operators.row_statistics(block.logits, block.target, layout, options.spec, options.wanted, class_weight)
+
+
+class Grads:
+    """The gradients of hidden, weight, bias and target, as far as they are wanted, and how a block adds to them."""
+
+    def __init__(self, blocks: Blocks, needs: Needs) -> None:
+        """Rows that never come have a gradient of 0. All but that of hidden are float32 (float64) until the end."""
+        hidden, weight, target, dtype = blocks.hidden, blocks.weight, blocks.target, compute_dtype(blocks.weight)
+        self.blocks = blocks
+        clear = torch.zeros if blocks.kept is not None else torch.empty
+        self.dh = clear(hidden.shape, dtype=blocks.options.dtype, device=hidden.device) if needs[0] else None
+        self.dW = torch.empty(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
+        self.db = torch.zeros(len(weight), dtype=dtype, device=weight.device) if needs[2] else None
+        self.dq = clear(target.shape, dtype=compute_dtype(target), device=hidden.device) if needs[3] else None
+        self.added = 0  # blocks
+        for large in (self.dh, self.dW, self.dq):
+            if large is not None:
+                advise_huge_pages(large)
+
+    def add(
+        self,
+        block: Block,
+        top: Tensor,
+        lse: Tensor,
+        class_weight: Tensor | None,
+        upstream: Upstream,
+        g_mass: Tensor | None,
+    ) -> None:
+        """One block, whose logits are overwritten by their gradient; all numbers per row are (1, n)."""
+        x, spec = block.logits, self.blocks.options.spec
+        if self.dq is not None:
+            where = torch.arange(len(self.dq), device=x.device)[block.targets]
+            count = max(1, FEW // x.shape[2])
+            for part in (slice(i, i + count) for i in range(0, x.shape[1], count)):
+                mass = None if g_mass is None else g_mass[:, part]
+                d = coefficient_gradient(x[:, part], top[:, part], upstream.picked[:, part], mass, spec)[0]
+                self.dq[where[part]] = d if class_weight is None else d.mul_(class_weight)
+        if self.dh is None and self.dW is None and self.db is None:
+            return
+        layout = Layout(2, *x.shape[:2])
+        G = operators.row_gradient(x, block.target, top, lse, upstream, class_weight, layout, spec, inplace=True)[0]
+        if self.dh is not None:
+            self.dh[block.rows] = hidden_gradient(G, self.blocks.weight)
+        if self.db is not None:
+            self.db += G.sum(0, dtype=self.db.dtype)
+        if self.dW is not None:
+            add_outer(self.dW, G, block.hidden, self.added)
+        self.added += 1
+
+    def found(self) -> list[Tensor]:
+        """Those that are wanted."""
+        return [grad for grad in (self.dh, self.dW, self.db, self.dq) if grad is not None]
+
+
+def class_weights(weight: Tensor | None, target: Tensor, options: HeadOptions) -> Tensor | None:
+    """The weights as the primitives want them, where they count for each class and not only for that of the target."""
+    if weight is None or not (target.is_floating_point() or options.label_smoothing > 0):
+        return None
+    return weight.to(options.weight_dtype)
+
+
+def in_their_dtypes(
+    function: Callable[Concatenate[Tensor, P], list[Tensor]],
+) -> Callable[Concatenate[Tensor, P], list[Tensor]]:
+    """Without autocast, which `HeadOptions.dtype` has heeded: it would round once more what a product is given."""
+
+    @functools.wraps(function)
+    def run(hidden: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> list[Tensor]:
+        kind = hidden.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return function(hidden, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(hidden, *args, **kwargs)
+
+    return run
+
+
+@in_their_dtypes
+def loss_and_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+    needs: Needs,
+) -> list[Tensor]:
+    """factor * sum_n loss_n (0-d), and those gradients of it that are wanted, of (hidden, weight, bias, target).
+
+    With float16 the gradients are those of the sum, which `functions.py` scales: 1 / N in each of the products
+    would take small probabilities below what the format can hold.
+    """
+    blocks, w = Blocks(hidden, weight, bias, target, options), class_weights(class_weight, target, options)
+    total, grads, formula = torch.zeros_like(factor), Grads(blocks, needs), options.objective
+    g = torch.ones_like(factor) if options.dtype == torch.float16 else factor
+    for block in blocks:
+        stats = blocks.stats(block, w)
+        terms = objective.class_terms(block.target, class_weight, len(weight), formula)
+        total += objective.row_losses(stats, terms, formula).sum() * factor
+        if any(needs):
+            upstream = objective.row_upstream(stats, terms, formula, g)
+            g_mass = -upstream.picked * stats.lse if target.is_floating_point() else None  # of lse mass - picked
+            grads.add(block, stats.top, stats.lse, w, upstream, g_mass)
+    return [total, *grads.found()]
+
+
+@in_their_dtypes
+def stats_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+) -> list[Tensor]:
+    """Those of `Stats` that are wanted, (1, N) each; for a row that is left out what the primitives say of one."""
+    blocks, w = Blocks(hidden, weight, bias, target, options), class_weights(class_weight, target, options)
+    found: list[Tensor] = []
+    for block in blocks:
+        stats = blocks.stats(block, w).pack()
+        found = found or [stat.new_full((1, len(hidden)), 0 if stat.is_floating_point() else -1) for stat in stats]
+        for whole, part in zip(found, stats, strict=True):
+            whole[:, block.rows] = part
+    return found
+
+
+@in_their_dtypes
+def stats_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    upstream: Upstream,
+    g_mass: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+    needs: Needs,
+) -> list[Tensor]:
+    """Gradients of (hidden, weight, bias, target), as far as they are wanted, from numbers per row, (1, N) each."""
+    blocks, w = Blocks(hidden, weight, bias, target, options), class_weights(class_weight, target, options)
+    grads = Grads(blocks, needs)
+    for block in blocks:
+        part = Upstream(*[None if g is None else g[:, block.rows] for g in upstream])  # type: ignore[arg-type]
+        mass = None if g_mass is None else g_mass[:, block.rows]
+        grads.add(block, top[:, block.rows], lse[:, block.rows], w, part, mass)
+    return grads.found()

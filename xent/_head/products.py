@@ -1,0 +1,78 @@
+"""The three matrix products of a linear head: half-precision factors, float32 sums, no second (C, D) beside them.
+
+What the hardware offers decides the dtype of a block of logits (and of their gradient, which overwrites them):
+
+    float32, float64            as they are
+    half on CUDA                float32: the products themselves can write and add to float32
+    half on a CPU that          half, rounded once, as by torch.nn.functional.linear; each block's product for the head
+      multiplies it               is rounded to half, too, and added up in float32
+    half on another device      float32: slices of the head are converted just before they are used
+
+The last costs as much as float32 does, which is several times less than what torch's own products take there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+
+SLICE_BYTES = 2 << 20  # of what is made of a part of the head at a time: it stays in a core's cache
+
+
+def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which dtype the products with factors of `dtype` give a block of logits."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and not (device.type == "cpu" and _torch.cpu_multiplies(dtype)) else dtype
+
+
+def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """h W^T + b, written to `out`, which is of `block_dtype`."""
+    if out.dtype == weight.dtype:
+        return torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
+    if _torch.writes_float32(weight):
+        torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        h = h.to(out.dtype)
+        for part in _slices(weight, out.dtype):
+            torch.mm(h, weight[part].to(out.dtype).t(), out=out[:, part])
+    return out if bias is None else out.add_(bias)
+
+
+def hidden_gradient(G: Tensor, weight: Tensor) -> Tensor:
+    """G W (n, D), in the dtype of the head."""
+    if G.dtype == weight.dtype:
+        return G @ weight
+    if _torch.writes_float32(weight):
+        return G.to(weight.dtype) @ weight
+    total = G.new_zeros(len(G), weight.shape[1])
+    for part in _slices(weight, G.dtype):
+        total.addmm_(G[:, part], weight[part].to(G.dtype))
+    return total.to(weight.dtype)
+
+
+def add_outer(total: Tensor, G: Tensor, h: Tensor, block: int) -> None:
+    """total (C, D) += G^T h (or =, for block 0), summed in the dtype of `total`; G (n, C) and h (n, D) may be half."""
+    beta = min(block, 1)  # 0: nothing is in it yet
+    if G.dtype == h.dtype == total.dtype:
+        torch.addmm(total, G.t(), h, beta=beta, out=total)
+    elif _torch.writes_float32(h):
+        torch.addmm(total, G.to(h.dtype).t(), h, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        h = h.to(G.dtype).t().contiguous().t()  # as oneDNN would lay it out for each slice
+        for part in _slices(total, G.dtype):
+            G_t = G[:, part].t()
+            product = G_t @ h
+            total[part].copy_(product) if beta == 0 else total[part].add_(product)
+            if block % 2:  # what rounding has cut off: else the blocks' roundings add up to more than the last one
+                total[part].add_(torch.addmm(product, G_t, h, beta=-1))
+
+
+def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """The classes of a head (C, D) in parts of SLICE_BYTES in `dtype`."""
+    width = max(1, SLICE_BYTES // max(1, head.shape[1] * dtype.itemsize))
+    for begin in range(0, len(head), width):
+        yield slice(begin, begin + width)

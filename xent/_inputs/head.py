@@ -1,0 +1,124 @@
+"""The inputs of the linear losses: hidden states, head and targets are checked here, and become rows (N, D)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import as_index, check_probabilities
+
+MAX_BYTES = 72 << 20  # of logits at a time: products of full speed, and no more than a few per cent of a training step
+
+
+class LinearRows(NamedTuple):
+    """A batch as the blocks read it; several heads only where `linear_weight` has further dimensions."""
+
+    hidden: Tensor  #                                      (N, D)
+    heads: list[tuple[Tensor, Tensor | None, Tensor]]  #   weight (C, D), bias (C,), target (N,) or (N, C), for each
+    shape: torch.Size  #                                   of a result with one number per position
+    dtype: torch.dtype  #                                  of the products
+    shift: int  #                                          T, where row n predicts what row n + 1 holds
+
+    @property
+    def targets(self) -> Tensor:
+        """Those that count as targets, of all heads together."""
+        found = self.heads[0][2] if len(self.heads) == 1 else torch.cat([y for _, _, y in self.heads])
+        if self.shift and found.is_floating_point():
+            found = found[: len(found) // self.shift * (self.shift - 1)]
+        return found
+
+    def shaped(self, numbers: Tensor) -> Tensor:
+        """One number per position, without the last one of each sequence, which predicts nothing."""
+        numbers = numbers.view(self.shape)
+        return numbers[..., :-1] if self.shift else numbers
+
+
+def check_max_bytes(max_bytes: int | None) -> int:
+    """The budget, or the default."""
+    if max_bytes is None:
+        return MAX_BYTES
+    if type(max_bytes) is not int:
+        raise TypeError(f"max_bytes: expected an int or None, got {max_bytes!r}")
+    if max_bytes <= 0:
+        raise ValueError(f"max_bytes: expected a number of bytes > 0, got {max_bytes}")
+    return max_bytes
+
+
+def to_linear_rows(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, shift: bool, ignore_index: int
+) -> LinearRows:
+    """Check all against each other and lay them out as rows, without a copy of the hidden states."""
+    dtype = _check_tensors(input, linear_weight, target, linear_bias)
+    C, D, K = linear_weight.shape[0], linear_weight.shape[-1], linear_weight.shape[1:-1]
+    if input.shape[-1] != D:
+        raise ValueError(f"input: expected {D} features like linear_weight, got shape {tuple(input.shape)}")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ValueError(
+            f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    batch = input.shape[:-1]
+    if K and len(batch) != 1:
+        raise ValueError(
+            f"input: expected shape (N, {D}) beside a head of {len(K)} more dimensions, got {tuple(input.shape)}"
+        )
+    index, probabilities = batch + K, torch.Size((*batch[:1], C, *K) if K else (*batch, C))
+    soft = target.shape == probabilities
+    if not soft and target.shape != index:
+        raise ValueError(
+            f"target: expected shape {tuple(index)} for indices or {tuple(probabilities)} for probabilities, "
+            f"got {tuple(target.shape)}"
+        )
+    if soft:
+        check_probabilities(target, ignore_index)
+    else:
+        target = as_index(target, ignore_index)
+    T = 0
+    if shift:
+        if not batch or K:
+            raise ValueError(
+                f"shift: expected input of shape (..., T, {D}) and a head (C, {D}), got {tuple(input.shape)}"
+            )
+        T = batch[-1]
+        if not soft:  # the last position predicts nothing
+            target = torch.cat([target[..., 1:], torch.full_like(target[..., :1], ignore_index)], -1)
+    hidden, N = input.reshape(math.prod(batch), D), math.prod(batch)
+    if not K:
+        targets, weights, biases = [target.reshape(N, C) if soft else target.reshape(N)], [linear_weight], [linear_bias]
+    else:  # a head for each index of the further dimensions
+        targets = list(target.flatten(2).unbind(2) if soft else target.flatten(1).unbind(1))
+        weights = list(linear_weight.flatten(1, -2).unbind(1))
+        biases = [None] * len(weights) if linear_bias is None else list(linear_bias.flatten(1).unbind(1))
+    return LinearRows(hidden, list(zip(weights, biases, targets, strict=True)), index, dtype, T)
+
+
+def _check_tensors(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, as for `torch.nn.functional.linear`; else that of all."""
+    tensors = {"input": input, "linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
+    for name, tensor in tensors.items():
+        if name == "linear_bias" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: expected the whole tensor, got a DTensor with placements {tensor.placements}; call it inside "  # type: ignore[attr-defined]
+                "the forward of the module that owns the parameter, where FSDP has gathered it, or pass full_tensor()"
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(f"{name}: expected a tensor on {input.device} like input, got one on {tensor.device}")
+        if name != "target" and not tensor.is_floating_point():
+            raise RuntimeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input: expected at least one dimension, the features, got a 0-d tensor")
+    if linear_weight.dim() < 2:
+        raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
+    kind = input.device.type
+    if input.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise RuntimeError(f"{name}: expected {input.dtype} like input, got {tensor.dtype}")
+    return input.dtype

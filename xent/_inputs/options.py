@@ -1,0 +1,124 @@
+"""The checks of options: of their types and ranges, and of what they are to the tensors beside them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """Let an argument's `__torch_function__`, or a mode's, take the call over, as torch does for its own functions."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        everything = (*args, *kwargs.values())
+        if has_torch_function(everything):
+            return handle_torch_function(wrapper, everything, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def check_options(
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    normalizer: float | Tensor | None,
+    on_empty: str,
+    z_loss: float,
+    loss_dtype: torch.dtype | None,
+    softcap: float | None,
+    logit_scale: float,
+    **_: object,
+) -> None:
+    """The options of a loss that do not depend on any tensor's shape; called by functions and module constructors."""
+    check_transform(logit_scale, softcap)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_ignore_index(ignore_index)
+    _check_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"normalizer: only reduction='mean' divides by one, got reduction={reduction!r}")
+        if not isinstance(normalizer, Tensor):
+            _check_number("normalizer", normalizer)
+        elif normalizer.dim() != 0:
+            raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+        elif normalizer.is_complex():
+            raise TypeError(f"normalizer: expected a real number, got {normalizer.dtype}")
+    if on_empty not in ("nan", "zero"):
+        raise ValueError(f"on_empty: expected 'nan' or 'zero', got {on_empty!r}")
+    _check_number("z_loss", z_loss)
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss}")
+    if loss_dtype is not None and not (isinstance(loss_dtype, torch.dtype) and loss_dtype.is_floating_point):
+        raise ValueError(f"loss_dtype: expected None or a floating torch.dtype, got {loss_dtype!r}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """An int, and not a float or a bool that happens to compare equal to some target."""
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a number that int64 holds, got {ignore_index}")
+
+
+def check_normalizer_device(normalizer: float | Tensor | None, input: Tensor) -> None:
+    """A 0-d tensor on the CPU goes with any device; one on meta with meta only."""
+    if isinstance(normalizer, Tensor) and normalizer.device != input.device and normalizer.device.type != "cpu":
+        raise RuntimeError(
+            f"normalizer: expected a tensor on {input.device} or the CPU, got one on {normalizer.device}"
+        )
+
+
+def check_transform(logit_scale: float, softcap: float | None) -> None:
+    """The two options that change the logits themselves."""
+    _check_number("logit_scale", logit_scale)
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
+
+
+def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool, sharded: bool = False) -> None:
+    """A class weight is floating and of shape (C,); beside index targets a constant.
+
+    Where the classes are spread over ranks, C is known only later, and a weight is a constant always.
+    """
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
+    if weight.shape != (classes,) and not (sharded and weight.dim() == 1):
+        raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise RuntimeError(f"weight: expected a floating dtype, got {weight.dtype}")
+    if weight.device != logits.device:
+        raise RuntimeError(f"weight: expected a tensor on {logits.device} like input, got one on {weight.device}")
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return
+    if sharded:
+        raise RuntimeError("weight: is not differentiated over a group and may not require grad; detach it")
+    if not soft:
+        raise RuntimeError("weight: is not differentiated with class indices and may not require grad; detach it")
+
+
+def _check_number(name: str, value: object) -> None:
+    if type(value) is not float and not isinstance(value, numbers.Real):  # an abstract class takes its time
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

@@ -1,0 +1,1 @@
+"""Classes spread over the ranks of a process group."""

@@ -1,0 +1,181 @@
+"""From the statistics of each rank's classes to those of all classes, and what a rank needs to know of the others.
+
+The statistics of a row over all classes follow from those over its parts, r = 1 ... R:
+
+    top      = max_r top_r                                     d_r = top_r - top
+    lse      = log sum_r exp(lse_r + d_r)                      picked = sum_r (picked_r + m_r d_r)
+    entropy  = sum_r pi_r (entropy_r - log pi_r)               wsum   = sum_r (wsum_r + W_r d_r)
+    argmax   = that of the part with the largest score, the first of equals
+
+with pi_r = exp(lse_r + d_r - lse), the probability of part r; m_r, the mass of the target there (1 where r holds an
+index target); and W_r, the sum of its class weights. So one exchange of a few numbers per row is all there is to it:
+the parts' statistics are stable as they are, and need no maximum over all the ranks first.
+
+This is plain differentiable torch. d lse / d lse_r = pi_r turns the softmax of a part into that of all classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .._records import Stats, Wanted
+from .._rows.objective import ClassTerms
+from .exchange import exchange
+
+
+class Gathered(NamedTuple):
+    """What each rank knows after the exchange. Differentiable: `numbers`, of which this rank made its own row."""
+
+    numbers: Tensor  #      (R, k, A, B): each rank's statistics, packed; behind them w_y where there is a class weight
+    ranks: Tensor  #        (R, 2): how many classes a rank holds, and the sum of their weights
+    part: Tensor | None  #  (C,): the weights of the classes held here, for probabilities or wsum
+
+    def start(self, rank: int) -> Tensor:
+        """0-d: the first class held there."""
+        return self.ranks[:rank, 0].sum().long()
+
+
+def gather(
+    group: str,
+    note: str,
+    target: Tensor,
+    ignored: Tensor | None,
+    weight: Tensor | None,
+    held: tuple[int, torch.dtype],
+    wanted: Wanted,
+    local: Callable[[int, int, Tensor | None], Stats],
+) -> Gathered:
+    """The exchange, of the statistics of the classes held here, `local(start, total, class_weight)`.
+
+    `ignored`: the rows that do not count; None where all do. `held`: how many classes these are, and the dtype of their
+    weights. A rank learns in the exchange which classes it holds, and may have to begin again: see `exchange`.
+    """
+    (C, dtype), soft = held, target.is_floating_point()
+    parts: list[Tensor] = []
+
+    def compute(start: int, total: int) -> list[Tensor]:
+        part = None if weight is None else _part(weight, C, start, total)
+        class_weight = None if part is None else part.to(dtype, copy=True)
+        parts[:] = [] if class_weight is None or not (soft or wanted.wsum) else [class_weight]
+        stats = local(start, total, class_weight)
+        vectors = stats.pack()
+        if stats.argmax is not None:
+            vectors[-1] = (stats.argmax + start).double()
+        if part is not None and not soft:
+            vectors.append(_row_weights(part, target, start, ignored))
+        total_weight = torch.full((), C, device=target.device) if part is None else part.sum(dtype=torch.float64)
+        return [vector.flatten() for vector in (*vectors, total_weight.double())]
+
+    asked = [name for name, yes in zip(("wsum", "entropy", "prediction"), wanted, strict=True) if yes]
+    note = f"{note}, {'probabilities' if soft else 'class indices'}, {asked + ['weight'] * (weight is not None)}"
+    gathered, sizes = exchange(_torch.process_group(group), C, note, target.device, compute)
+
+    shape = target.shape[:-1] if soft else target.shape
+    count = wanted.count(soft) + (weight is not None and not soft)
+    numbers = gathered[:, :-1].clone(memory_format=torch.contiguous_format).view(len(sizes), count, *shape)
+    ranks = torch.stack([gathered.new_tensor(sizes), gathered[:, -1]], 1)
+    return Gathered(numbers, ranks, parts[0] if parts else None)
+
+
+def empty_gathered(
+    target: Tensor, held: tuple[int, torch.dtype], weighted: bool, ranks: int, wanted: Wanted
+) -> list[Tensor]:
+    """`Gathered` without numbers, packed: what a fake operator returns."""
+    soft = target.is_floating_point()
+    shape = target.shape[:-1] if soft else target.shape
+    count, (C, dtype) = wanted.count(soft) + (weighted and not soft), held
+    part = [target.new_empty(C, dtype=dtype)] if weighted and (soft or wanted.wsum) else []
+    numbers = target.new_empty(ranks, count, *shape, dtype=torch.float64)
+    return [numbers, target.new_empty(ranks, 2, dtype=torch.float64), *part]
+
+
+def combine(
+    gathered: Gathered, target: Tensor, ignored: Tensor | None, weighted: bool, wanted: Wanted
+) -> tuple[Stats, ClassTerms]:
+    """Over all classes: the statistics of the rows, and what the formula of the loss needs besides."""
+    soft = target.is_floating_point()
+    vectors, row_weight = list(gathered.numbers.unbind(1)), None
+    if weighted and not soft:
+        row_weight = vectors.pop().detach().sum(0)
+    sizes, weights = gathered.ranks.unbind(1)
+    stats = _over_ranks(wanted.unpack(vectors, soft), target, ignored, sizes, weights)
+    return stats, ClassTerms(sizes.sum(), weights.sum(), row_weight)
+
+
+def _over_ranks(parts: Stats, target: Tensor, ignored: Tensor | None, sizes: Tensor, weights: Tensor) -> Stats:
+    """From the statistics of the parts, each (R, A, B), those of the whole, each (A, B)."""
+    tops = parts.top.detach()
+    peak = tops.masked_fill(parts.lse == -torch.inf, -torch.inf)  # a part of -inf, or without classes
+    top = peak.amax(0)
+    top = top.masked_fill(top == -torch.inf, 0)
+    d = tops - top
+    lses = parts.lse + d
+    lse = lses.logsumexp(0)
+    mass, per_rank = parts.mass, (-1,) + (1,) * top.dim()
+    if mass is None:
+        ends = sizes.cumsum(0).view(per_rank)
+        mass = ((target >= ends - sizes.view(per_rank)) & (target < ends)).to(d.dtype)
+        mass = mass if ignored is None else mass.masked_fill(ignored, 0)
+    picked = (parts.picked + mass * d).sum(0)
+    wsum = None if parts.wsum is None else (parts.wsum + weights.view(per_rank) * d).sum(0)
+    entropy = argmax = None
+    if parts.entropy is not None:
+        log_pi = lses - lse
+        none = log_pi == -torch.inf  # pi log pi is 0 there
+        log_pi = log_pi.masked_fill(none, 0)
+        pi = log_pi.exp().masked_fill(none, 0)
+        entropy = (pi * (parts.entropy.masked_fill(none, 0) - log_pi)).sum(0)
+    if parts.argmax is not None:
+        score = peak.masked_fill(parts.lse.isnan(), torch.inf)  # +inf or NaN is in that part
+        score = score.masked_fill((sizes == 0).view(per_rank), -torch.inf)
+        first = (sizes > 0).int().argmax()  # of a row of -inf: the first part that has any classes
+        best = torch.where(score.amax(0) == -torch.inf, first, score.argmax(0))
+        argmax = parts.argmax.detach().gather(0, best[None])[0].long()
+    found = Stats(top, lse, picked, None if parts.mass is None else parts.mass.sum(0), wsum, entropy, argmax)
+    if ignored is None:
+        return found
+    return Stats(*[None if x is None else x.masked_fill(ignored, -1 if x is argmax else 0) for x in found])  # type: ignore[arg-type]
+
+
+def local_target(target: Tensor, start: Tensor, C: int, ignore_index: int) -> Tensor:
+    """Class indices among the C held here; C for a class held elsewhere, and -1 for a row that does not count."""
+    if target.is_floating_point():
+        return target
+    local = target.long() - start
+    local = torch.where((local >= 0) & (local < C), local, C)
+    return local.masked_fill(target == ignore_index, -1)
+
+
+def finite_lse(lse: Tensor, g_lse: Tensor) -> Tensor:
+    """For the gradient of a part whose logits are all -inf: p = exp(-inf - 0) is 0 there, exp(-inf + inf) is not.
+
+    Where the row is NaN over all ranks, which g_lse tells, it is NaN here as well.
+    """
+    return torch.where(lse == -torch.inf, g_lse * 0, lse)
+
+
+def _part(weight: Tensor, C: int, start: int, total: int) -> Tensor:
+    """The class weights of the classes held here."""
+    if len(weight) == C:
+        return weight
+    if len(weight) == total:
+        return weight.narrow(0, start, C)
+    raise ValueError(
+        f"weight: expected shape ({C},), one number per class held here, or ({total},), one per class of all ranks, "
+        f"got {tuple(weight.shape)}"
+    )
+
+
+def _row_weights(part: Tensor, target: Tensor, start: int, ignored: Tensor | None) -> Tensor:
+    """w_y where y is held here, else 0."""
+    local = target.long() - start
+    here = (local >= 0) & (local < len(part))
+    here = here if ignored is None else here & ~ignored
+    if len(part) == 0:
+        return here.double()
+    return part.double()[local.clamp(0, len(part) - 1)].masked_fill(~here, 0)

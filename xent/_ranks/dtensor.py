@@ -1,0 +1,220 @@
+"""DTensor arguments: the same call on each rank's part of them, and its results as DTensors again.
+
+The mesh dimension that shards the classes becomes `group=`, and over it the results are the same on all ranks:
+Replicate. A mesh dimension that shards the batch leaves a result per position where it is, and makes a sum Partial.
+For a mean the counts are added up over these dimensions first, an all-reduce of two numbers for each, so that it is
+the mean over the whole batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import _torch
+from .._inputs.rows import as_index, class_dim
+from .._records import statistics_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
+
+    Placements = tuple[Placement, ...]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def distributed(on_parts: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take DTensors, by way of `on_parts(function, **arguments)`: `on_logits` or `on_head`."""
+
+    def decorator(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not (torch.compiler.is_compiling() or "torch.distributed.tensor" in sys.modules):
+                return function(*args, **kwargs)
+            if not any(_is_dtensor(value) for value in (*args, *kwargs.values())):
+                return function(*args, **kwargs)
+            try:
+                arguments = signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # which Python refuses, in its own words
+            arguments.apply_defaults()
+            if arguments.arguments.pop("group") is not None:
+                raise ValueError("group: expected None beside DTensors, which know theirs")
+            return on_parts(function, **arguments.arguments)  # type: ignore[no-any-return]
+
+        return wrapper
+
+    return decorator
+
+
+def _is_dtensor(x: object) -> bool:
+    """By its name: DTensor takes longer to import than torch itself, and whoever has none need not."""
+    return isinstance(x, Tensor) and type(x).__name__ == "DTensor"
+
+
+class Places:
+    """Where all that goes with some logits lies, on each dimension of their mesh."""
+
+    def __init__(self, mesh: DeviceMesh, logits: Placements, shape: torch.Size, axis: int) -> None:
+        """`shape` and `logits`: of the logits, whether there are any or not; `axis` is their class dimension."""
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        classes = [i for i, p in enumerate(logits) if p.is_shard(axis)]
+        if len(classes) > 1 or any(type(p).__name__ not in ("Shard", "Replicate") for p in logits):
+            raise ValueError(
+                "input: expected a DTensor of which one mesh dimension at most shards the classes (tensor dimension "
+                f"{axis}) and all others are Shard or Replicate, got {logits}; redistribute it first"
+            )
+        self.mesh, self.logits, self.axis, self.shape = mesh, tuple(logits), axis, shape
+        self.group = mesh.get_group(classes[0]) if classes else None
+        self.batch = [i for i, p in enumerate(logits) if p.is_shard() and i not in classes]
+        self.replicate = (Replicate(),) * len(logits)
+        self.classes = tuple(Shard(0) if i in classes else Replicate() for i in range(len(logits)))
+        per_row, scalar = list(self.replicate), list(self.replicate)
+        for i in self.batch:
+            per_row[i], scalar[i] = Shard(logits[i].dim - (logits[i].dim > axis)), Partial()  # type: ignore[attr-defined, call-overload]
+        self.per_row, self.scalar = tuple(per_row), tuple(scalar)
+
+    def part(self, name: str, x: Any, expected: Placements, grad: Placements | None = None) -> Any:
+        """This rank's part of a tensor; of what is whole on each rank, without communication."""
+        if not _is_dtensor(x):
+            if x is None or all(p.is_replicate() for p in expected):
+                return x
+            raise ValueError(
+                f"{name}: expected a DTensor placed {expected} beside logits placed {self.logits}, got a plain tensor, "
+                "which may be a part or the whole; use DTensor.from_local or distribute_tensor"
+            )
+        if x.device_mesh != self.mesh:
+            raise ValueError(f"{name}: expected a DTensor on the mesh of the classes, {self.mesh}, got {x.device_mesh}")
+        if any(p != e and not p.is_replicate() for p, e in zip(x.placements, expected, strict=True)):
+            raise ValueError(
+                f"{name}: expected placements {expected} or Replicate beside logits placed {self.logits}, got "
+                f"{x.placements}"
+            )
+        return x.redistribute(placements=expected).to_local(grad_placements=grad or expected)
+
+    def class_weight(self, weight: Any) -> Any:
+        """Whole, or the part of the classes held here."""
+        if not _is_dtensor(weight):
+            return weight
+        return self.part("weight", weight, self.classes if weight.placements == self.classes else self.replicate)
+
+    def whole(self, found: Any) -> Any:
+        """The results of all ranks: one number per position, or one in all; or several of them."""
+        from torch.distributed.tensor import DTensor
+
+        if found is None:
+            return None
+        if not isinstance(found, Tensor):
+            return type(found)(*map(self.whole, found))
+        shape = self.shape[: self.axis] + self.shape[self.axis + 1 :] if found.dim() else torch.Size()
+        return DTensor.from_local(
+            found,
+            self.mesh,
+            self.per_row if found.dim() else self.scalar,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def add_divisor(self, options: dict[str, Any], y: Tensor, positions: int, weight: Any) -> None:
+        """The normalizer as a plain tensor; where this rank has a part of the batch, that of the whole."""
+        given: Any = options.get("normalizer")
+        if _is_dtensor(given):
+            options["normalizer"] = given.full_tensor(grad_placements=self.scalar)
+        elif self.batch and options.get("reduction") == "mean" and given is None:
+            groups = [self.mesh.get_group(i) for i in self.batch]
+            options["normalizer"] = _divisor(y, positions, weight, groups, options)
+
+
+def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **options: Any) -> Any:
+    """Logits (and probabilities) in parts, over classes or the batch."""
+    if not _is_dtensor(input):
+        raise TypeError("input: expected a DTensor like the other arguments, got a plain tensor")
+    if options.get("inplace_backward"):
+        raise RuntimeError(
+            "inplace_backward: expected plain logits: a DTensor does not see that its part on this rank is written "
+            "over, so that a second use of it would be wrong in silence; pass input.to_local() and group="
+        )
+    axis = options["dim"] = class_dim(input.shape, target.shape, options.get("dim"))
+    places = Places(input.device_mesh, input.placements, input.shape, axis)
+    soft = target.shape == input.shape
+    x = input.to_local(grad_placements=places.logits)
+    y = places.part("target", target, places.logits if soft else places.per_row)
+    if (weight := options.get("weight")) is not None:
+        options["weight"] = places.class_weight(weight)
+    places.add_divisor(options, y, x.shape[:axis].numel() * x.shape[axis + 1 :].numel(), weight)
+    return places.whole(function(x, y, **options, group=places.group))
+
+
+def on_head(
+    function: Callable[..., Any], input: Any, linear_weight: Any, target: Any, linear_bias: Any, **options: Any
+) -> Any:
+    """Hidden states that are sharded over the ranks of the classes, a part of each sequence on each, are gathered."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    if not _is_dtensor(linear_weight):
+        raise TypeError("linear_weight: expected a DTensor like the other arguments, got a plain tensor")
+    mesh, axis = linear_weight.device_mesh, input.dim() - 1
+    head = linear_weight.placements
+    if linear_weight.dim() != 2 or any(p not in (Shard(0), Replicate()) for p in head):
+        raise ValueError(f"linear_weight: expected (C, D) placed Shard(0) or Replicate, got {head}")
+    if not _is_dtensor(input) and any(p.is_shard() for p in head):
+        raise TypeError(
+            "input: expected a DTensor beside a linear_weight that is sharded: a plain tensor could be the same on "
+            "each rank (DTensor.from_local(input, mesh, [Replicate()]) says so), or each its own, where FSDP has not "
+            "gathered the head: then call this in the forward of the module that owns it, or pass full_tensor()"
+        )
+    hidden = list(input.placements if _is_dtensor(input) else (Replicate(),) * len(head))
+    if len(hidden) != len(head):
+        raise ValueError(f"input: expected a DTensor on the mesh of linear_weight, {mesh}, got {input.device_mesh}")
+    hidden = [Replicate() if w.is_shard() else p for p, w in zip(hidden, head, strict=True)]
+    logits = tuple(Shard(axis) if w.is_shard() else p for p, w in zip(hidden, head, strict=True))
+    if any(p.is_shard(axis) for p in hidden) or (options.get("shift") and any(p.is_shard(axis - 1) for p in hidden)):
+        raise ValueError(f"input: expected whole features, and whole sequences beside shift, got {input.placements}")
+    places = Places(mesh, logits, torch.Size((*input.shape[:-1], len(linear_weight))), axis)
+    if _is_dtensor(input):
+        input = input.redistribute(placements=hidden)
+    soft = target.dim() > axis
+    of_batch = tuple(Partial() if i in places.batch else p for i, p in enumerate(places.classes))
+    h = places.part("input", input, tuple(hidden))
+    W = places.part("linear_weight", linear_weight, places.classes, of_batch)
+    options["linear_bias"] = places.part("linear_bias", linear_bias, places.classes, of_batch)
+    y = places.part("target", target, places.logits if soft else places.per_row)
+    if (weight := options.get("weight")) is not None:
+        options["weight"] = places.class_weight(weight)
+    shift = bool(options.get("shift"))
+    counted = y[..., 1:, :] if soft and shift else y[..., 1:] if shift else y
+    places.add_divisor(options, counted, counted.shape[:axis].numel(), weight)
+    places.shape = torch.Size((*input.shape[: axis - shift], *[input.shape[axis - 1] - 1] * shift, len(linear_weight)))
+    return places.whole(function(h, W, y, **options, group=places.group))
+
+
+def _divisor(y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup], options: Any) -> Tensor:
+    """What the mean over the whole batch divides by. Targets out of range are found later, by all ranks alike."""
+    dtype = statistics_dtype(y.device)
+    if y.is_floating_point():
+        total = count = torch.tensor(positions, device=y.device)
+    else:
+        given = options.get("ignore_index")
+        ignore_index = -100 if given is None else given
+        counts = as_index(y, ignore_index) != ignore_index
+        total = count = counts.sum()
+        if weight is not None:
+            w = weight.full_tensor() if _is_dtensor(weight) else weight
+            total = w.to(dtype)[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
+    numbers = torch.stack([total.to(dtype), count.to(dtype)])
+    for group in groups:
+        numbers = _torch.all_reduce(numbers, group.group_name)
+    return numbers[0] + (numbers[1] == 0) if options.get("on_empty") == "zero" else numbers[0]

@@ -1,0 +1,158 @@
+"""The Functions of classes that are spread over the ranks of a group: local statistics, gathered; local gradients.
+
+Forward is `_rows`' statistics of the classes held here, one exchange of a few numbers per row, and plain torch
+(`combine`). Backward has no communication at all: every rank computes the same loss from the same numbers, and calls
+backward on it, so what flows back to this rank's own numbers is theirs, and the local gradient does the rest.
+
+That the statistics and their exchange are one Function has a reason: a rank may learn only in the exchange which of
+the classes it holds. The derivative of the gradient is refused, and so is forward mode: how lse depends on the logits
+of other ranks is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .. import _torch
+from .._records import Layout, RowSpec, Stats, Wanted, compute_dtype
+from .._rows import functions, operators
+from .._rows.objective import ClassTerms
+from .combine import Gathered, combine, empty_gathered, finite_lse, gather, local_target
+
+WHY = (
+    "of a loss whose classes are spread over ranks needs the logits of the other ranks, and would be wrong without "
+    "them; gather the logits, or use a single rank"
+)
+REASON = f"group: a second derivative {WHY}"
+
+
+def rank_stats(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    group: ProcessGroup,
+    layout: Layout,
+    spec: RowSpec,
+    wanted: Wanted,
+    inplace: bool = False,
+) -> tuple[Stats, ClassTerms]:
+    """Differentiable `Stats` over the classes of all ranks, from the logits of this one.
+
+    `weight` is over the classes held here, or over all of them.
+    """
+    if torch.compiler.is_compiling():
+        flat = (input, target, weight, group.group_name, *layout, *spec, *wanted, inplace)
+        found = torch.ops.xent.rank_statistics(*flat)
+    else:
+        arguments = (input, target, weight, group.group_name, layout, spec, wanted, inplace)
+        found = RankStats.apply(*arguments)  # type: ignore[no-untyped-call]
+    ignored = None if target.is_floating_point() else target == spec.ignore_index
+    return combine(Gathered(*found, *[None] * (3 - len(found))), target, ignored, weight is not None, wanted)
+
+
+class RankStats(torch.autograd.Function):
+    """(input, target, weight) -> `Gathered`."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        group: str,
+        layout: Layout,
+        spec: RowSpec,
+        wanted: Wanted,
+        inplace: bool,
+    ) -> tuple[Tensor, ...]:
+        if _torch.is_traced(input, target, weight):
+            found = torch.ops.xent.rank_statistics(input, target, weight, group, *layout, *spec, *wanted, False)
+        else:
+            found = _statistics(input, target, weight, group, layout, spec, wanted)
+        return tuple(found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, _, ctx.group, *ctx.rest = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, target, *output, *[None] * (3 - len(output)))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * 8
+        input, target, *found = ctx.saved_tensors
+        layout, spec, wanted, inplace = ctx.rest
+        gathered, rank, soft = Gathered(*found), _torch.process_group(ctx.group).rank(), target.is_floating_point()
+        count = wanted.count(soft)
+        own = wanted.unpack(gathered.numbers[rank, :count].unbind(0), soft)
+        y = local_target(target, gathered.start(rank), input.shape[layout.axis], spec.ignore_index)
+        flowing = g[rank, :count].unbind(0)
+        saved = (input, y, gathered.part, own.top, finite_lse(own.lse, flowing[1]), own.entropy)
+        local, needs = spec._replace(ignore_index=-1), ctx.needs_input_grad
+        grads = functions.stats_backward(saved, flowing, layout, local, wanted, inplace, needs)
+        return *[functions.once_differentiable(d, (input, target), REASON) for d in grads[:2]], *[None] * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        functions.refuse_mapped_weight(in_dims[2])
+        input, layout = functions.fold_input(info.batch_size, in_dims[0], args[0], args[4])
+        (target,) = functions.fold(info.batch_size, in_dims[1:2], args[1:2])
+        numbers, *rest = RankStats.apply(input, target, *args[2:4], layout, *args[5:])  # type: ignore[no-untyped-call]
+        split = numbers.unflatten(2, (info.batch_size, numbers.shape[2] // info.batch_size))
+        return (split, *rest), (2, *[None] * len(rest))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(f"group: forward mode {WHY}")
+
+
+def _statistics(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    group: str,
+    layout: Layout,
+    spec: RowSpec,
+    wanted: Wanted,
+) -> list[Tensor]:
+    soft = target.is_floating_point()
+
+    def local(start: int, total: int, class_weight: Tensor | None) -> Stats:
+        own, w = spec._replace(start=start, classes=total), class_weight if soft or wanted.wsum else None
+        return operators.row_statistics(input, target, layout, own, wanted, w)
+
+    ignore_index, scale, softcap, *_ = spec
+    note = f"{layout.A * layout.B} rows of {input.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
+    ignored = None if soft else target == ignore_index
+    held = (input.shape[layout.axis], compute_dtype(input))
+    found = gather(group, note, target, ignored, weight, held, wanted, local)
+    return [tensor for tensor in found if tensor is not None]
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+def _records(flat: tuple[Any, ...]) -> tuple[Layout, RowSpec, Wanted]:
+    return Layout(*flat[:3]), RowSpec(*flat[3:8]), Wanted(*flat[8:11])
+
+
+def _run(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
+    return _statistics(input, target, weight, group, *_records(flat))
+
+
+def _empty(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
+    layout, _, wanted = _records(flat)
+    held, ranks = (input.shape[layout.axis], compute_dtype(input)), _torch.process_group(group).size()
+    return empty_gathered(target, held, weight is not None, ranks, wanted)
+
+
+_SCHEMA = f"(Tensor input, Tensor target, Tensor? weight, str group, {operators.STATISTICS}"
+operators.define("rank_statistics", _SCHEMA, _run, _empty)
+operators.differentiate(
+    "rank_statistics", RankStats, lambda x, y, w, group, *flat: (x, y, w, group, *_records(flat), flat[11])
+)

@@ -1,0 +1,120 @@
+"""From row statistics to the loss: the formula of every option, in plain differentiable torch on one number per row.
+
+With w the class weights, eps the label smoothing and lambda the z-loss,
+
+    nll_n  = lse_n - z_ny
+    loss_n = w_y (1 - eps) nll_n  +  eps / C (lse_n sum_c w_c - sum_c w_c z_nc)  +  lambda lse_n^2
+    mean   = sum_n loss_n / sum_n w_y
+
+A probability target q has sum_c q_c w_c (lse_n - z_nc) = lse_n mass_n - picked_n in the place of w_y nll_n, and its
+mean divides by N. Rows that are ignored have lse = picked = wsum = 0: every term of theirs is 0 without a mask.
+
+All statistics are relative to the row's largest score, `top`, which cancels in every difference; lse^2 alone needs the
+absolute lse, top + lse.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._records import Stats, Upstream, Wanted, statistics_dtype
+
+
+class Objective(NamedTuple):
+    """The options of a loss that are no tensors: what is asked of the statistics, once they are there."""
+
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    on_empty: str = "nan"
+    ignore_index: int = -100
+    dtype: torch.dtype = torch.float32  # of the result
+
+    @property
+    def wanted(self) -> Wanted:
+        """The optional statistics that the formula reads."""
+        return Wanted(wsum=self.label_smoothing > 0)
+
+
+class ClassTerms(NamedTuple):
+    """What the formula needs to know of all classes and of the weights of the rows' targets."""
+
+    classes: int | Tensor
+    weight_sum: float | Tensor  #   sum_c w_c
+    row_weight: Tensor | None  #    w_y of each row; None where all are 1, and for probabilities
+
+
+def class_terms(target: Tensor, weight: Tensor | None, classes: int, objective: Objective) -> ClassTerms:
+    """Of class weights that are all held here."""
+    if weight is None:
+        return ClassTerms(classes, classes, None)
+    soft = target.is_floating_point()
+    weight_sum: float | Tensor = classes
+    if objective.label_smoothing > 0:  # else nothing asks for it
+        weight_sum = weight.sum(dtype=statistics_dtype(weight.device))
+    return ClassTerms(classes, weight_sum, None if soft else row_weights(target, weight, objective.ignore_index))
+
+
+def row_weights(target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
+    """w_y: the weight of each row's target, 0 for an ignored row."""
+    counts = target != ignore_index
+    return weight.to(statistics_dtype(weight.device))[target.where(counts, 0)].masked_fill(~counts, 0)
+
+
+def row_losses(stats: Stats, terms: ClassTerms, objective: Objective) -> Tensor:
+    """loss_n, in nats, in the statistics' dtype."""
+    top, lse, picked, mass, wsum, *_ = stats
+    eps, z_loss = objective.label_smoothing, objective.z_loss
+    nll = lse - picked if mass is None else lse * mass - picked
+    loss = nll if terms.row_weight is None else terms.row_weight * nll
+    if wsum is not None:
+        smooth = eps / terms.classes * (lse * terms.weight_sum - wsum)
+        gone = mass is not None and eps == 1  # q is mixed first: of a q that is gone, not even 0 * inf
+        loss = smooth if gone else (1 - eps) * loss + smooth
+    return loss if z_loss == 0 else loss + z_loss * (top + lse) ** 2
+
+
+def row_upstream(stats: Stats, terms: ClassTerms, objective: Objective, g: Tensor) -> Upstream:
+    """Derivatives of sum_n g_n loss_n with respect to lse, picked and wsum, for whoever needs them without autograd.
+
+    `g` is one number for all rows (0-d) or one for each.
+    """
+    top, lse, _, mass, *_ = stats
+    eps, z_loss = objective.label_smoothing, objective.z_loss
+    of_target = mass if mass is not None else terms.row_weight  # None where all are 1
+    kept = g if eps == 0 else g * (1 - eps)
+    g_lse = kept if of_target is None else kept * of_target
+    g_picked = -(kept if mass is not None or terms.row_weight is None else g_lse)
+    g_wsum = None
+    if eps > 0:
+        share = g * (eps / terms.classes)
+        g_lse, g_wsum = g_lse + share * terms.weight_sum, (-share).expand_as(lse)
+    if z_loss != 0:
+        g_lse = g_lse + g * (2 * z_loss) * (top + lse)
+    return Upstream(g_lse.expand_as(lse), g_picked.expand_as(lse), g_wsum)
+
+
+def divisor(
+    target: Tensor, row_weight: Tensor | None, normalizer: float | Tensor | None, objective: Objective
+) -> float | Tensor | None:
+    """What the mean divides by. Where no row counts that is 0, and 0/0 is NaN; `on_empty="zero"` makes it 0/1."""
+    if objective.reduction != "mean" or normalizer is not None:
+        return normalizer
+    if target.is_floating_point():
+        rows = math.prod(target.shape[:-1])
+        return 1 if rows == 0 and objective.on_empty == "zero" else rows
+    counts = target != objective.ignore_index
+    total = counts.sum() if row_weight is None else row_weight.sum()
+    return total if objective.on_empty == "nan" else total + (~counts).all()
+
+
+def reduce(losses: Tensor, divisor: float | Tensor | None, objective: Objective) -> Tensor:
+    """The losses, or their sum, over the divisor if there is one; rounded once."""
+    if objective.reduction == "none":
+        return losses.to(objective.dtype)
+    total = losses.sum()
+    return (total if divisor is None else total / divisor).to(objective.dtype)
