@@ -10,38 +10,36 @@ import pytest
 import torch
 import torch.distributed as dist
 from beartype import BeartypeConf, beartype
-from ranks import Ranks
+from ranks import Ranks, threads
 
 # What the import hook puts on every function of xent. The numeric tower: an int will do where a float is asked for.
 typed = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
-# All that is public or a primitive. Not the Functions, which torch's compiler must be able to read.
+# All that is public or a primitive. Not the Functions and records, which torch's compiler must be able to read.
 CHECKED = [
     f"xent.{name}"
     for name in (
         "functional",
         "linear",
         "modules",
-        "_layout",
-        "_linear_layout",
-        "_objective",
-        "_primitives",
+        "_inputs.options",
+        "_rows.dispatch",
         "_backends",
     )
 ]
 
 with jaxtyping.install_import_hook(CHECKED, "conftest.typed"):
-    from xent import _primitives
+    from xent._rows import dispatch as _primitives
 
 interpreter.round_to_nearest()
 
 
 def backends() -> list[str]:
     """The backends to test: the one that XENT_BACKEND asks for, whether it is there or not, or else all that can."""
-    if _primitives.FORCED:
-        return [_primitives.FORCED]
-    modules = {name: _primitives.load(name) for name in _primitives.NAMES}
-    rows = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    if _primitives.FORCED_BACKEND:
+        return [_primitives.FORCED_BACKEND]
+    modules = {name: _primitives.load(name) for name in _primitives.BACKENDS}
+    rows = torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64)
     return [name for name, module in modules.items() if not isinstance(module, str) and not module.refusal(*rows)]
 
 
@@ -50,8 +48,34 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Run the test once on each backend. One that was asked for and is missing fails the test, with its reason."""
     module = _primitives.load(request.param)
     assert not isinstance(module, str), f"XENT_BACKEND={request.param}: {module}"
-    monkeypatch.setattr(_primitives, "FORCED", request.param)
+    monkeypatch.setattr(_primitives, "FORCED_BACKEND", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def every_backend() -> list[str]:
+    """Their names, for a test that gives all of them to one process."""
+    return backends()
+
+
+def kernels() -> list[str]:
+    """The backends, and of the compiled one each instruction set that this machine has."""
+    native = _primitives.load("native")
+    sets = [] if isinstance(native, str) else [f"native {name}" for name in native._native.instruction_sets()]
+    return [kernel for name in backends() for kernel in ((name == "native" and sets) or [name])]
+
+
+@pytest.fixture(params=kernels())
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run the test once on each backend and instruction set."""
+    name, _, instructions = request.param.partition(" ")
+    module = _primitives.load(name)
+    assert not isinstance(module, str), f"XENT_BACKEND={name}: {module}"
+    monkeypatch.setattr(_primitives, "FORCED_BACKEND", name)
+    before = module._native.use(instructions) if instructions else None
+    yield request.param
+    if before:
+        module._native.use(before)
 
 
 @pytest.fixture
@@ -64,10 +88,12 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Four processes on gloo, for all tests that need some."""
+    """Four processes on gloo, for all tests that need some. What those leave behind must not grow with them."""
     processes = Ranks(4)
     yield processes
+    counts = processes.run(threads, 4)
     processes.stop()
+    assert max(counts) < 200, f"threads of the ranks: {counts}; a mesh or a group was made and not destroyed"
 
 
 @pytest.fixture(scope="module")

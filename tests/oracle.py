@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from xent import _primitives
 from xent._records import RowSpec, Stats, Upstream, Wanted
+from xent._rows import dispatch as _primitives
 
 Options = dict[str, Any]
 
@@ -250,11 +250,38 @@ def each(function: Callable[[Tensor], Tensor], record: Any) -> Any:
     return type(record)(*[None if tensor is None else function(tensor) for tensor in record])
 
 
+# All tests call the primitives through the next two, on rows (N, C).
+
+
+def row_statistics(
+    x: Tensor, y: Tensor, spec: RowSpec, wanted: Wanted = NOTHING, class_weight: Tensor | None = None
+) -> Stats:
+    """The primitive, of rows (N, C)."""
+    stats = _primitives.row_statistics(x[None], y[None], spec, wanted, class_weight)
+    return Stats(*[None if stat is None else stat[0] for stat in stats])  # type: ignore[arg-type]
+
+
+def row_gradient(
+    x: Tensor,
+    y: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    upstream: Upstream,
+    spec: RowSpec,
+    class_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The other one, of rows (N, C)."""
+    numbers = [None if n is None else n[None] for n in (top, lse, *upstream)]
+    g, whole = Upstream(*numbers[2:]), None if out is None else out[None]  # type: ignore[arg-type]
+    return _primitives.row_gradient(x[None], y[None], numbers[0], numbers[1], g, spec, class_weight, whole)[0]  # type: ignore[arg-type]
+
+
 def stats_of(
     x: Tensor, target: Tensor, wanted: Wanted = NOTHING, class_weight: Tensor | None = None, **spec: Any
 ) -> Stats:
-    """The primitive, with the fields of a `RowSpec` as options."""
-    return _primitives.row_statistics(x, target, RowSpec(**spec), wanted, class_weight)
+    """`row_statistics`, with the fields of a `RowSpec` as options."""
+    return row_statistics(x, target, RowSpec(**spec), wanted, class_weight)
 
 
 def grad_of(
@@ -266,8 +293,8 @@ def grad_of(
     out: Tensor | None = None,
     **spec: Any,
 ) -> Tensor:
-    """The other one, for `Stats` or a `Truth`."""
-    return _primitives.row_gradient(x, target, stats.top, stats.lse, g, RowSpec(**spec), class_weight, out)
+    """`row_gradient`, for `Stats` or a `Truth`."""
+    return row_gradient(x, target, stats.top, stats.lse, g, RowSpec(**spec), class_weight, out)
 
 
 def assert_stats(got: Any, truth: Truth, x: Tensor, target: Tensor, slack: float = 1.0) -> None:

@@ -6,7 +6,9 @@ A test hands over a function of the module that it is in, and plain arguments; e
 from __future__ import annotations
 
 import datetime
+import functools
 import multiprocessing
+import os
 import tempfile
 import traceback
 import warnings
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 ABSENT = "not one of the ranks"
 TIMEOUT = 120.0  # seconds until a call that hangs is an error; this machine may be busy with something else
@@ -55,7 +58,8 @@ class Ranks:
     ) -> Any:
         """`function(group, *args, **options)` on a group of the first `count` ranks: what each returned, in a list.
 
-        `fresh` is the timeout in seconds of a group of their own, for those who break it.
+        `fresh` is the timeout in seconds of a group of their own, for those who break it or need one that has seen
+        nothing yet; it is destroyed in the end.
         """
         for pipe in self.pipes:
             pipe.send((function, count, fresh, args, options))
@@ -89,6 +93,20 @@ class Ranks:
         self.folder.cleanup()
 
 
+def threads(group: dist.ProcessGroup) -> int:
+    """How many threads this process has; each group of gloo keeps some for itself."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 0
+
+
+@functools.cache
+def mesh_of(group: dist.ProcessGroup, dims: int) -> DeviceMesh:
+    """A mesh over the group, or, of two dimensions, over all four ranks. Made once: its groups keep threads."""
+    if dims == 1:
+        return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("data",))
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=TIMEOUT)
@@ -98,14 +116,18 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
         try:
             function, count, fresh, args, options = pipe.recv()
         except EOFError:
-            return
+            os._exit(0)  # at once: to take gloo's threads down takes seconds, or for ever
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)  # of torch by itself
         try:
-            group = groups[count]
+            group, own = groups[count], None
             if fresh is not None:
-                group = dist.new_group(list(range(count)), timeout=datetime.timedelta(seconds=fresh))
-            answer = (True, function(group, *args, **options) if rank < count else ABSENT)
+                group = own = dist.new_group(list(range(count)), timeout=datetime.timedelta(seconds=fresh))
+            try:
+                answer = (True, function(group, *args, **options) if rank < count else ABSENT)
+            finally:
+                if own is not None and rank < count:
+                    dist.destroy_process_group(own)
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send(answer)

@@ -1,0 +1,126 @@
+"""What the compiled backend refuses, and what it converts: its loops take addresses, and rely on what is checked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import stats_of
+from torch import Tensor
+
+from xent._records import RowSpec, Upstream, Wanted
+from xent._rows import dispatch as _primitives
+
+native = _primitives.load("native")
+assert not isinstance(native, str), native
+pytestmark = pytest.mark.usefixtures("unchecked", "on_native")
+
+
+@pytest.fixture
+def on_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_primitives, "FORCED_BACKEND", "native")
+
+
+def grad(x: Tensor, y: Tensor, top: Tensor, lse: Tensor, *g: Tensor | None, **options: Any) -> Tensor:
+    return oracle.row_gradient(x, y, top, lse, Upstream(*g), RowSpec(), **options)
+
+
+x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
+v = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+big = torch.randn(8, 10)
+negated = torch.complex(x, -x).conj().imag
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "reason"),
+    [
+        (x.to("meta"), y, "CPU"),
+        (x, y.to("meta"), "CPU"),
+        (x.to_sparse(), y, "strided"),
+        (x.to(torch.complex64), y, "float32, bfloat16"),
+        (x.int(), y, "float32, bfloat16"),
+        (x[0], y, r"shape \(A, B, C\)"),
+        (negated, y, "negated"),
+        (x, y[:3], r"shape \(1, 4\)"),
+        (x, y[:, None], r"shape \(1, 4\)"),
+        (x, y.short(), "int64 and int32"),
+        (x, x[:, :3], r"shape of the logits \(1, 4, 5\)"),
+        (x, x.to(torch.float8_e4m3fn), "probabilities in the dtypes of logits"),
+        (x, negated, "negated"),
+    ],
+)
+def test_refusals(logits: Tensor, target: Tensor, reason: str) -> None:
+    assert re.search(reason, native.refusal(logits[None], target[None]))
+    if logits.dim() == 1:
+        return
+    with pytest.raises(RuntimeError, match=f"no backend for .* native: .*{reason}"):
+        stats_of(logits, target)
+    with pytest.raises(RuntimeError, match=f"no backend for .* native: .*{reason}"):
+        grad(logits, target, v, v, v, v)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "reason"),
+    [
+        ((v[:3], v, v, v), {}, "top: expected"),
+        ((v, v[:3], v, v), {}, "lse: expected"),
+        ((v, v, v[:, None], v), {}, "g_lse: expected"),
+        ((v, v, v, v.to("meta")), {}, "g_picked: expected"),
+        ((v, v, v, v, v[:1]), {}, "g_wsum: expected"),
+        ((v, v, v, v, None, v[:1]), {}, "g_entropy: expected"),
+        ((v, v, v, v), {"class_weight": torch.ones(4)}, "class_weight: expected"),
+        ((v, v, v, v), {"out": x.double()}, "out: expected"),
+        ((v, v, v, v), {"out": x[:3]}, "out: expected"),
+        ((v, v, v, v), {"out": x.to("meta")}, "out: expected"),
+        ((v, v, v, v), {"out": x[:1].expand(4, 5)}, "apart from each other"),
+        ((v, v, v, v), {"out": x[:, :1].expand(4, 5)}, "apart from each other"),
+        ((v, v, v, v), {"out": torch.as_strided(torch.randn(30), (4, 5), (3, 1))}, "apart from each other"),
+    ],
+)
+def test_wrong_arguments_raise(arguments: tuple[Any, ...], options: dict[str, Tensor], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        grad(x, y, *arguments, **options)
+
+
+def test_overlapping_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="memory of its own"):
+        grad(big[:4, :5], y, v, v, v, v, out=big[1:5, :5])
+    with pytest.raises(ValueError, match="memory of its own"):
+        grad(big[:4, :5], y, v, v, v, v, out=big.view(-1)[:20].view(4, 5))  # the same start, other rows
+    with pytest.raises(ValueError, match="memory of its own"):
+        grad(x, big[:4, :5], v, v, v, v, out=big[:4, :5])
+
+
+def test_a_tensor_without_storage_raises() -> None:
+    freed, numbers = torch.randn(1, 4, 5), v[None]
+    freed.untyped_storage().resize_(0)
+    upstream, rest = Upstream(numbers, numbers), (RowSpec(classes=5), None)
+    with pytest.raises(ValueError, match="storage"):
+        native.row_statistics(freed, y[None], RowSpec(classes=5), Wanted(), None)
+    with pytest.raises(ValueError, match="storage"):
+        native.row_gradient(freed, y[None], numbers, numbers, upstream, *rest, None)
+    with pytest.raises(ValueError, match="storage"):
+        native.row_gradient(x[None], y[None], numbers, numbers, upstream, *rest, freed)
+    freed.untyped_storage().resize_(80)  # torch itself crashes when pytest prints such a tensor
+
+
+def test_other_dtypes_of_row_vectors_are_converted() -> None:
+    found = stats_of(x, y)[:2]
+    expected = grad(x, y, *found, v, -v)
+    assert grad(x, y, *found, v.float(), -v.half()).equal(expected)
+    assert grad(x, y, *found, v, torch.complex(v, v).conj().imag).equal(expected)
+
+
+def test_the_module_checks_its_own_arguments() -> None:
+    module = native._native
+    with pytest.raises(TypeError, match="expected 27 arguments, got 1"):
+        module.statistics(1)
+    with pytest.raises(TypeError, match="expected 37 arguments, got 0"):
+        module.gradient()
+    with pytest.raises(TypeError):
+        module.statistics(*["?"] * 27)
+    with pytest.raises(ValueError, match="expected an instruction set of this machine, got 'mmx'"):
+        module.use("mmx")
