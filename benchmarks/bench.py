@@ -1,14 +1,15 @@
 """How fast, how lean and how exact: `xent.cross_entropy` beside the other ways to compute it, on this machine.
 
     python benchmarks/bench.py --quick
-    python benchmarks/bench.py --device cuda --json gpu.json
+    python benchmarks/bench.py --linear --small --device cuda --json gpu.json
     python benchmarks/bench.py --case 4x256x50257 2x128x128256:0.7 --dtype float32 --threads 1 2 --json out.json
 
 First each contender is checked against float64 (loss, and gradient row by row); then forward + backward are timed,
-interleaved, on the same values. The columns: the median time; that time over the time of F.cross_entropy; the bytes
-that any loss must move, over the time (loss.py has the count); the peak memory beyond the logits, in units of the
-logits, the gradient being 1 of it (memory.py); the largest relative error, of the loss or of a row of the gradient.
-On a GPU also the share of what a warm copy of the logits moves; the clock is the device's, and its L2 is cold.
+interleaved, on the same values. The columns: the median time; that time over the time of F.cross_entropy (--linear:
+of three bare products); the bytes that any loss must move, over the time (cases.py has the count); the peak memory
+beyond the logits, in units of the logits, the gradient being 1 of it (--linear: MiB beyond the gradients); the largest
+relative error, of the loss or of a row of the gradient. On a GPU also the share of what a warm copy of the logits
+moves; the clock is the device's, and its L2 is cold. --small shows what a call costs: xent's time over torch's.
 
 Exit code: 0; 1 if a contender computed something wrong (it is named and not timed) or xent failed; 2 for bad
 options; 130 after Ctrl-C, with everything measured so far reported and saved.
@@ -18,41 +19,185 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import timeit
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
-import cli
-import linear
-import loss
+import common
 import torch
-from cli import natural, picture, refusal
-from contenders import CONTENDERS
-from report import Row, chart, machine, memory_chart, save, show
+from cases import CASES, CUDA_CASES, HEAD, QUICK, QUICK_HEAD, Case, Linear, Small
+from common import Row, chart, machine, natural, picture, refusal, save, show
+from contenders import COPY, OPTIONS, Unavailable, forced, gradients, missing
 from rich.console import Console
+from torch import Tensor
+
+# The largest error against float64 that passes. F.cross_entropy's own: 1e-6 in float32, 3e-2 in bfloat16.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 6e-2}
+SMALL = 2**20  # bytes of input below which one timing runs over several copies of it
+MOST_COPIES = 64
+FLUSH = 512 * 2**20  # bytes that push everything else out of the L2 cache of any GPU
+
+
+class Run(NamedTuple):
+    """One contender, ready to be timed: `step` does all its work on the given input."""
+
+    name: str
+    step: Callable[[Tensor], object]
+    backend: str | None = None  # of xent, where one is to be forced
+
+
+def seconds(work: Callable[[], object], flush: Tensor | None) -> float:
+    """By the host's clock. With a buffer on a GPU: by events on its stream, without the host's waiting, L2 cold."""
+    if flush is None:
+        return timeit.timeit(work, number=1)  # without garbage collection
+    flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3  # type: ignore[no-any-return]
+
+
+def interleaved(runs: Sequence[Run], input: Tensor, rounds: int) -> dict[str, float]:
+    """Seconds for one `step(input)`, for each run: the median of `rounds` timings.
+
+    A machine's speed drifts (heat, neighbours). Everybody in turn, round after round, lets a slow second hit all of
+    them, where timing one after the other would make it one contender's fault.
+
+    A step may overwrite its input. So every step works on copies, written anew before each timing and outside it.
+    That also leaves everyone the same cache: the input was just written, as if by the layer before. Small inputs
+    come in several copies per timing, or the clock itself would be measured.
+    """
+    count = min(max(SMALL // input.nbytes, 1), MOST_COPIES)
+    copies = [torch.empty_like(input).requires_grad_(input.requires_grad) for _ in range(count)]
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=input.device) if input.is_cuda else None
+
+    def all_copies(step: Callable[[Tensor], object]) -> None:
+        for copy in copies:
+            step(copy)
+
+    @torch.no_grad()
+    def refill() -> None:
+        for copy in copies:
+            copy.copy_(input)
+
+    times: dict[str, list[float]] = {run.name: [] for run in runs}
+    for first in range(rounds):
+        for turn in range(len(runs)):
+            run = runs[(first + turn) % len(runs)]  # nobody is always the first
+            with forced(run.backend):
+                for _ in range(2):  # warm up
+                    refill()
+                    all_copies(run.step)
+                refill()
+                times[run.name].append(seconds(lambda step=run.step: all_copies(step), flush) / count)  # type: ignore[misc]
+    return {name: median(some) for name, some in times.items()}
+
+
+def relative(found: Tensor, truth: Tensor) -> Tensor:
+    """The largest error of a row, over its norm; where nothing was due (an ignored row), anything else is infinite."""
+    error = (found - truth).norm(dim=1)
+    return torch.where(error == 0, 0, error / truth.norm(dim=1)).max().cpu()  # NaN stays NaN
+
+
+def exact(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What is right, in float64."""
+    doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    return case.parts(gradients(case.truth(), *doubles), doubles)
+
+
+def admit(row: Row, case: Case, inputs: Sequence[Tensor], truth: Sequence[Tensor]) -> Run | None:
+    """The contender, checked and ready to be timed; or None, and `row` says why."""
+    name, contender, rest = row.contender, case.contenders()[row.contender], inputs[1:]
+    try:
+        if contender.backend and (reason := missing(contender.backend, *inputs)):
+            raise Unavailable(reason)
+        loss = contender.make()
+        if contender.limit:
+            return Run(name, lambda x: loss(x, *rest))
+        with forced(contender.backend):  # on a copy, which the contender may overwrite
+            found = gradients(loss, inputs[0].detach().clone().requires_grad_(), *rest)
+        row.error = (
+            torch.stack([relative(*pair) for pair in zip(case.parts(found, inputs), truth, strict=True)]).max().item()
+        )
+    except Unavailable as reason:
+        row.status, row.note = "unavailable", str(reason)
+    except Exception as error:  # a peer, or a compiler that is not there; but xent has to work
+        row.status = "failed" if name.startswith("xent") else "unavailable"
+        row.note = f"{type(error).__name__}: {error}"
+    else:
+        if row.error <= TOLERANCE[row.dtype]:
+            return Run(name, lambda x: gradients(loss, x, *rest), contender.backend)
+        row.status, row.note = "wrong", f"error {row.error:.1e}, expected at most {TOLERANCE[row.dtype]:.0e}"
+    return None
+
+
+def memory(row: Row, case: Case) -> None:
+    """The peak into `row`."""
+    if row.status == "ok" and not case.contenders()[row.contender].limit:
+        try:
+            row.memory = case.peak(row.contender, row.dtype, row.device)
+        except RuntimeError as error:  # the fresh process failed: out of memory, say
+            row.note = f"peak memory: {error}"
+
+
+def measure(case: Case, dtype: str, options: argparse.Namespace) -> Iterator[Row]:
+    """All contenders on one case: a row for each contender and number of threads, checked, then timed."""
+    inputs = case.inputs(dtype, options.device)
+    truth = exact(case, inputs)
+    peaks: dict[str, list[float]] = {}
+    for count in options.threads:
+        torch.set_num_threads(count)
+        names = list(case.contenders())
+        rows = {name: Row(case.section, str(case), dtype, options.device, name, count) for name in names}
+        runs = [run for row in rows.values() if (run := admit(row, case, inputs, truth))]
+        times = interleaved(runs, inputs[0], options.rounds)
+        if options.memory and not peaks:  # once is enough; no clock is running now
+            with ThreadPoolExecutor(case.processes if options.device == "cpu" else 1) as pool:
+                list(pool.map(lambda row: memory(row, case), rows.values()))
+            peaks = {name: row.memory for name, row in rows.items()}
+        for name, seconds in times.items():
+            row = rows[name]
+            row.ms = seconds * 1e3
+            row.ratio = seconds / times[names[0]] if names[0] in times else None
+            if moved := case.bytes_moved(case.contenders()[name].limit, inputs):
+                row.gb_per_s = moved / seconds / 1e9
+        copied = rows[COPY].gb_per_s if COPY in rows else None
+        for name, row in rows.items():
+            row.memory = peaks.get(name, [])
+            row.of_copy = row.gb_per_s / copied if row.gb_per_s and copied else None
+            yield row
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, completed and checked."""
-    parser = cli.parser(__doc__)
+    """The options, completed and checked; `groups` are the cases, those of one table together."""
+    parser = common.parser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="two cases, float32, few rounds: within a minute")
-    add("--list", action="store_true", help="name the cases and the contenders, and end")
-    add("--case", nargs="+", type=loss.Case.parse, metavar="SHAPE[:IGNORED]", help="default: see --list")
-    shape = linear.Shape.parse
-    add("--linear", nargs="*", type=shape, metavar="NxDxC", help="the linear section; default: 2048x768x50257")
-    add("--dtype", nargs="+", choices=list(loss.TOLERANCE), help="default: float32 bfloat16")
+    add("--quick", action="store_true", help="small cases, float32, few rounds: within a minute")
+    names = " ".join(map(str, CASES))
+    add("--case", nargs="+", type=Case.parse, metavar="SHAPE[:IGNORED]", help=f"classes last; default: {names}")
+    add("--linear", nargs="*", type=Linear.parse, metavar="NxDxC", help=f"a head and its loss; default: {HEAD}")
+    add("--small", nargs="*", type=Small.parse, metavar="NxC", help="what a call costs, by option; default: 32x27")
+    add("--dtype", nargs="+", choices=list(TOLERANCE), help="default: float32 bfloat16")
     add("--threads", nargs="+", type=natural, help="default: torch's own choice")
     add("--rounds", type=natural, help="timings of each contender; their median counts; default: 15")
     add("--no-memory", dest="memory", action="store_false", help="do not measure the peak memory")
     add("--json", type=Path, metavar="FILE", help="save machine, versions and all figures")
     add("--png", type=picture, metavar="FILE", help="save a chart, as PNG or SVG")
     options = parser.parse_args(argv)
-    if options.linear is not None and options.quick:
-        parser.error("--quick has no linear section")
-    usual = loss.CUDA_CASES if options.device == "cuda" else loss.CASES
-    cases = loss.QUICK if options.quick else usual
-    options.case = options.case or ([] if options.linear is not None else cases)
-    options.linear = [linear.DEFAULT] if options.linear == [] else options.linear or []
+    usual = QUICK if options.quick else CUDA_CASES if options.device == "cuda" else CASES
+    only = options.linear is not None or options.small is not None
+    options.case = options.case or ([] if only else usual)
+    if options.linear == []:
+        options.linear = [QUICK_HEAD if options.quick else HEAD]
+    if options.small == []:
+        options.small = [Small((32, 27))]
+    options.groups = [[case] for case in options.case + (options.linear or [])]
+    options.groups += [[Small(case.shape, case.ignored, option) for option in OPTIONS] for case in options.small or []]
     options.dtype = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
     options.rounds = options.rounds or (5 if options.quick else 15)
     options.threads = options.threads or [torch.get_num_threads()]
@@ -61,29 +206,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def listing(console: Console) -> None:
-    """What --list shows."""
-    console.print("cases:", *map(str, loss.CASES), "or any other: classes last, and :0.7 to ignore 70 % of the targets")
-    console.print("cases on a GPU:", *map(str, loss.CUDA_CASES))
-    console.print("contenders:", "; ".join(contender.name for contender in CONTENDERS))
-
-
 def run(options: argparse.Namespace, console: Console, rows: list[Row]) -> None:
     """Measures into `rows`, which so holds what is done whenever this is interrupted."""
-    for case in options.case:
+    for group in options.groups:
         for dtype in options.dtype:
             start = len(rows)
-            console.print(f"\n{case} {dtype}: checking, then timing ...")  # a spinner would disturb it
-            for row in loss.measure(case, dtype, options.device, options.threads, options.rounds, options.memory):
-                rows.append(row)
-            show(console, rows[start:])
-    for shape in options.linear:
-        for dtype in options.dtype:
-            start = len(rows)
-            console.print(f"\nlinear {shape} {dtype}: checking, then timing ...")
-            for threads in options.threads:
-                measured = linear.measure(shape, dtype, options.device, threads, options.rounds, options.memory)
-                rows.extend(measured)
+            for case in group:
+                console.print(f"{case} {dtype}: checking, then timing ...")  # a spinner would disturb it
+                rows.extend(measure(case, dtype, options))
             show(console, rows[start:])
 
 
@@ -91,9 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
     options = parse(argv)
     console = Console(highlight=False)
-    if options.list:
-        listing(console)
-        return 0
     console.print(", ".join(f"{name} {value}" for name, value in machine(options.device).items() if value))
     rows: list[Row] = []
     code = 0
@@ -104,12 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     if options.json:
         save(options.json, rows, vars(options))
-    if options.png and options.case:
+    if options.png:
         chart(options.png, rows)
-    elif options.png:
-        shape, dtype = options.linear[0], options.dtype[0]
-        title = f"{shape.D} features, {shape.C} classes, {dtype}"
-        memory_chart(options.png, title, *linear.memory_curves(shape, dtype, options.threads[0]))
     bad = [row for row in rows if row.status in ("wrong", "failed")]
     for row in bad:
         print(f"bench.py: {row.contender} on {row.case} {row.dtype}: {row.status}: {row.note}", file=sys.stderr)

@@ -1,53 +1,65 @@
-"""Who runs in the loss section of bench.py."""
+"""Who runs in bench.py: by name, for each kind of case. A contender is a line in LOGITS or HEADS.
+
+Every contender does the same work: a loss, then `torch.autograd.grad` on the leaves among its inputs, so that the
+gradients are really written. Limits are no losses: they do what any loss must do at least, and are not checked.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import xent
-from xent import _primitives
+from xent._rows import dispatch
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 IGNORE = -100
-BASELINE = "F.cross_entropy"
 COPY = "warm copy_"
+
+
+# xent's backends. No other file here knows how the package chooses one.
+
+BACKENDS = dispatch.BACKENDS  # in order of preference
+
+
+def missing(backend: str, logits: Tensor, target: Tensor) -> str | None:
+    """Why this machine lacks a backend, or why it does not take these tensors."""
+    module = dispatch.load(backend)
+    return module if isinstance(module, str) else module.refusal(logits.flatten(0, -2), target.flatten())
+
+
+@contextmanager
+def forced(backend: str | None) -> Iterator[None]:
+    """xent on this backend only, as XENT_BACKEND does it for a whole process. Backward belongs inside, too."""
+    before = dispatch.FORCED_BACKEND
+    dispatch.FORCED_BACKEND = backend or before
+    try:
+        yield
+    finally:
+        dispatch.FORCED_BACKEND = before
 
 
 class Unavailable(Exception):
     """Why this machine, or this case, has to do without a contender."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """`make()` gives the loss, as a function of logits (…, C) and targets (…), or raises Unavailable.
+class Contender(NamedTuple):
+    """`make()` gives a function of a case's inputs: a loss, or a limit. Or it raises Unavailable."""
 
-    A `limit` is no loss: it does to the logits what any loss must do at least, and is not checked.
-    """
-
-    name: str
     make: Callable[[], Loss]
-    backend: str | None = None
+    backend: str | None = None  # of xent, where one is to be forced
     limit: bool = False
 
-    def ready(self, logits: Tensor, target: Tensor) -> Loss:
-        """`make`, after asking xent's backend, if it is one of those, whether it takes these tensors."""
-        if self.backend:
-            module = _primitives.load(self.backend)
-            rows = logits.flatten(0, -2), target.flatten()
-            if reason := module if isinstance(module, str) else module.refusal(*rows):
-                raise Unavailable(reason)
-        return self.make()
 
-
-def flat(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+def flat(loss: Loss) -> Loss:
     """For a loss that knows only logits (N, C) with targets (N,)."""
     return lambda logits, target: loss(logits.flatten(0, -2), target.flatten())
 
@@ -59,10 +71,10 @@ def textbook(logits: Tensor, target: Tensor) -> Tensor:
     return -p.log()[target != IGNORE].mean()
 
 
-def compiled() -> Loss:
-    """torch.compile, once more for each case: for its shape and its number of threads."""
+def compiled(loss: Loss) -> Loss:
+    """Anew for each case: for its shape and its number of threads."""
     torch.compiler.reset()
-    return torch.compile(flat(F.cross_entropy), dynamic=False)
+    return torch.compile(loss, dynamic=False)
 
 
 def peer(module: str, name: str) -> Loss:
@@ -71,11 +83,6 @@ def peer(module: str, name: str) -> Loss:
         return flat(getattr(importlib.import_module(module), name))
     except ImportError as error:
         raise Unavailable(str(error)) from error
-
-
-def ours(inplace: bool) -> Loss:
-    """xent, on whichever backend is forced. `dim` for the cases in which (…, C) is not the only reading."""
-    return partial(xent.cross_entropy, dim=-1, inplace_backward=inplace)
 
 
 def clone(logits: Tensor, target: Tensor) -> Tensor:
@@ -95,26 +102,85 @@ def warm_copy() -> Loss:
     return copy
 
 
-CONTENDERS = [
-    Contender(BASELINE, lambda: flat(F.cross_entropy)),
-    Contender("torch.compile(F.cross_entropy)", compiled),
-    Contender("textbook exp, sum, log", lambda: textbook),
-]
-for backend in reversed(_primitives.NAMES):
-    CONTENDERS += [
-        Contender(f"xent {backend}", lambda: ours(inplace=False), backend),
-        Contender(f"xent {backend}, in place", lambda: ours(inplace=True), backend),
-    ]
-CONTENDERS += [
-    Contender("Liger-Kernel", lambda: peer("liger_kernel.transformers.functional", "liger_cross_entropy")),
-    Contender("quack", lambda: peer("quack.cross_entropy", "cross_entropy")),
-    Contender("logits.clone()", lambda: clone, limit=True),
-    Contender(COPY, warm_copy, limit=True),
-]
+def ours(inplace: bool) -> Loss:
+    """xent. `dim` for the cases in which (..., C) is not the only reading."""
+    return partial(xent.cross_entropy, dim=-1, inplace_backward=inplace)
 
 
-def loss_named(name: str) -> Loss:
-    """For a process that runs one contender only (see memory.py): its backend is forced for good."""
-    contender = next(c for c in CONTENDERS if c.name == name)
-    _primitives.FORCED = contender.backend or _primitives.FORCED
-    return contender.make()
+# The first is what the ratios are to.
+LOGITS = {
+    "F.cross_entropy": Contender(lambda: flat(F.cross_entropy)),
+    "torch.compile(F.cross_entropy)": Contender(lambda: compiled(flat(F.cross_entropy))),
+    "textbook exp, sum, log": Contender(lambda: textbook),
+    **{
+        f"xent {backend}{', in place' if inplace else ''}": Contender(partial(ours, inplace), backend)
+        for backend in reversed(BACKENDS)
+        for inplace in (False, True)
+    },
+    "Liger-Kernel": Contender(lambda: peer("liger_kernel.transformers.functional", "liger_cross_entropy")),
+    "quack": Contender(lambda: peer("quack.cross_entropy", "cross_entropy")),
+    "logits.clone()": Contender(lambda: clone, limit=True),
+    COPY: Contender(warm_copy, limit=True),
+}
+
+
+def gradients(loss: Loss, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The work that is timed: forward and backward."""
+    value = loss(*inputs)
+    upstream = torch.ones_like(value) if value.dim() else None
+    return value, *torch.autograd.grad(value, [x for x in inputs if x.requires_grad], upstream)
+
+
+def plain(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    """The usual two lines."""
+    return F.cross_entropy(F.linear(h, W), y)
+
+
+def torchs(rows: int | None) -> Loss:
+    """torch's own, which takes some rows at a time: its default, or `rows`. Since torch 2.13."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable("torch 2.13 has it")
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
+
+
+def none(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    """xent, with a mean that autograd knows nothing of in advance."""
+    return xent.linear_cross_entropy(h, W, y, reduction="none").mean()
+
+
+def products() -> Loss:
+    """The three products alone, each into a tensor of its own; the logits' gradient is any (N, C)."""
+    G: list[Tensor] = []
+
+    @torch.no_grad()
+    def three(h: Tensor, W: Tensor, y: Tensor) -> Any:
+        if not G:
+            G.append(torch.mm(h, W.t()))
+        return torch.mm(h, W.t()), torch.mm(G[0], W), torch.mm(G[0].t(), h)
+
+    return three
+
+
+# From hidden states and a head. The first is what the ratios are to.
+HEADS = {
+    "three bare products": Contender(products, limit=True),
+    "F.linear + F.cross_entropy": Contender(lambda: plain),
+    "torch.compile of these": Contender(lambda: compiled(plain)),
+    "xent": Contender(lambda: xent.linear_cross_entropy),
+    "xent, reduction none": Contender(lambda: none),
+    "F.linear_cross_entropy": Contender(lambda: torchs(None)),
+    "F.linear_cross_entropy, 256 rows": Contender(lambda: torchs(256)),
+    "F.linear_cross_entropy, 512 rows": Contender(lambda: torchs(512)),
+    "F.linear_cross_entropy, 1024 rows": Contender(lambda: torchs(1024)),
+}
+
+
+# What a call costs: the options of a small loss. Another one is a line.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "label_smoothing=0.1": {"label_smoothing": 0.1},
+    "weight": {},
+    "probabilities": {},
+}

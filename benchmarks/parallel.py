@@ -26,14 +26,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import cli
+import common
 import torch
 import torch.distributed as dist
 from memory import SMALLEST, growth
-from report import machine
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -219,9 +216,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """A table of figures, and one of hard cases."""
     first = rows[0]
     title = f"({first['N']}, {first['C']}) float32, processes: {first['world']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for head in ("forward + backward", "ms", "ratio", "collectives", "kB received", "memory", "error"):
-        table.add_column(head, justify="left" if head.startswith("f") else "right", no_wrap=head.startswith("f"))
+    heads = ("forward + backward", "ms", "ratio", "collectives", "kB received", "memory", "error")
+    table = common.empty_table(title, heads)
     for row in rows:
         figures = f"{row['ms']:.4g}|{row['ratio']:.2f}|{row['collectives']}|{row['bytes'] / 1e3:.1f}|"
         memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
@@ -234,19 +230,19 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
-    parser = cli.parser(__doc__)
+    parser = common.parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="one small case, few rounds")
     add("--case", nargs="+", metavar="NxC", help="rows x all classes; default: 24x1000 512x32000 1024x50256")
-    add("--world", nargs="+", type=cli.natural, default=[1, 2], help="numbers of processes; default: 1 2")
-    add("--rounds", type=cli.natural, help="timings of each contender; their median counts; default: 15")
+    add("--world", nargs="+", type=common.natural, default=[1, 2], help="numbers of processes; default: 1 2")
+    add("--rounds", type=common.natural, help="timings of each contender; their median counts; default: 15")
     add("--json", type=Path, metavar="FILE", help="save machine, versions and all figures")
     options: argparse.Namespace = parser.parse_args(argv)
-    if reason := cli.refusal(options.device, options.json):
+    if reason := common.refusal(options.device, options.json):
         parser.error(reason)
     cases = options.case or (["24x1000"] if options.quick else ["24x1000", "512x32000", "1024x50256"])
     console = Console(highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in machine("cpu").items() if value))
+    console.print(", ".join(f"{name} {value}" for name, value in common.machine("cpu").items() if value))
     rows: list[dict[str, Any]] = []
     for case in cases:
         N, C = map(int, case.split("x"))
@@ -254,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += merged(N, C, world, options.rounds or (5 if options.quick else 15))
             show(console, rows[-3:])
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": common.machine("cpu"), "rows": rows}, indent=1) + "\n")
     wrong = [
         row
         for row in rows

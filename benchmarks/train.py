@@ -27,13 +27,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-import cli
+import common
 import torch
-from cli import natural, picture, refusal
+from common import GREY, XENT, figure_style, natural, picture, refusal
 from gpt import GPT, Text
 from memory import growth, reset_peak
-from report import GREY, XENT, figure_style
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -173,9 +171,8 @@ def summary(learners: Sequence[Learner], text: Text, options: argparse.Namespace
     """A line for each learner."""
     draw = torch.Generator().manual_seed(options.seed)
     batches = [text.batch(text.validation, options.batch, draw) for _ in range(10)]
-    table = Table(box=box.SIMPLE)
-    for head in ("loss", "tokens/s", "ms/step", "step memory, MiB", "train loss", "validation loss"):
-        table.add_column(head, justify="left" if head == "loss" else "right")
+    heads = ("loss", "tokens/s", "ms/step", "step memory, MiB", "training", "validation")
+    table = common.empty_table("", heads)
     for learner in learners:
         seconds = median(learner.seconds)
         memory = f"{median(learner.memory) / 2**20:.0f}" if learner.memory else ""
@@ -208,7 +205,7 @@ def plot(path: Path, learners: Sequence[Learner], title: str) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, completed and checked."""
-    parser = cli.parser(__doc__)
+    parser = common.parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="the same as --compare --steps 150, with --tolerance 5e-5 in float32")
     add("--compare", action=argparse.BooleanOptionalAction, help="train with F.cross_entropy, too, side by side")
