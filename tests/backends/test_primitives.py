@@ -132,6 +132,7 @@ def test_a_shard_without_classes() -> None:
     got = stats_of(x, y, EVERYTHING, classes=4)
     assert got.lse.tolist() == [-torch.inf, 0, -torch.inf]
     assert all(stat.tolist() == [0, 0, 0] for stat in (got.top, got.picked, got.wsum, got.entropy))
+    assert got.argmax.tolist() == [-1, -1, -1]
     assert grad_of(x, y, got, upstream(3)).shape == (3, 0)
     with pytest.raises(IndexError, match=r"target: expected class indices in \[0, 4\)"):
         stats_of(x, y + 2, classes=4)

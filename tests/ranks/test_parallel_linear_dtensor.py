@@ -70,17 +70,15 @@ PLACED: list[tuple[Placements, Placements]] = [  # hidden states, head
 @pairwise(
     placed=PLACED,
     weights=["none", "plain", "sharded"],
-    reduction=["mean", "none"],
-    shift={"": False, "shift": True},
+    options=[{"reduction": r, "shift": shift} for r in ("mean", "none") for shift in (False, True)],
 )
 def test_placements(
-    ranks: Ranks, placed: tuple[Placements, Placements], weights: str, reduction: str, shift: bool, soft: bool
+    ranks: Ranks, placed: tuple[Placements, Placements], weights: str, options: Options, soft: bool
 ) -> None:
     hidden, head = placed
-    options = {"label_smoothing": 0.1, "reduction": reduction, "shift": shift}
-    for got in ranks.run(run, 2 * len(head), hidden, head, weights, soft, options):
+    for got in ranks.run(run, 2 * len(head), hidden, head, weights, soft, {"label_smoothing": 0.1, **options}):
         rows = tuple(p if p == S(0) else R for p in hidden)
-        assert got == (rows if reduction == "none" else tuple(Partial() if p == S(0) else R for p in rows))
+        assert got == (rows if options["reduction"] == "none" else tuple(Partial() if p == S(0) else R for p in rows))
 
 
 class Model(nn.Module):

@@ -107,6 +107,13 @@ def test_index_targets_of_any_integer_dtype(dtype: torch.dtype, layout: str) -> 
         assert ours[1].equal(wide[1])
 
 
+@pytest.mark.usefixtures("backend")
+def test_ignore_index_beyond_int32_is_no_class() -> None:
+    """Compared as an int32, 2^32 + 1 would be class 1."""
+    x, y = batch()
+    assert xent.cross_entropy(x, y.fill_(1).int(), ignore_index=2**32 + 1).equal(xent.cross_entropy(x, y))
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.complex64], ids=str)
 def test_other_index_dtypes_are_refused(dtype: torch.dtype) -> None:
     x, y = batch()
