@@ -18,7 +18,7 @@ from ._ranks.functions import rank_stats
 from ._records import RowSpec, Stats, Wanted, compute_dtype
 from ._rows import objective
 from ._rows.functions import row_stats
-from ._rows.loss import loss
+from ._rows.loss import LossOptions, loss
 from ._rows.objective import Objective
 
 
@@ -137,11 +137,9 @@ def cross_entropy(
     spec, dtype = RowSpec(ignore_index, logit_scale, softcap), loss_dtype or rows.result_dtype(input)
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore_index, dtype)
     if group is None:
-        return loss(input, y, weight, normalizer, layout, spec, formula, inplace_backward)
+        return loss(input, y, weight, normalizer, LossOptions(layout, spec, formula, inplace_backward))
     stats, terms = rank_stats(input, y, weight, group, layout, spec, formula.wanted, inplace_backward)
-    divisor = objective.divisor(y, terms.row_weight, normalizer, formula)
-    value = objective.reduce(objective.row_losses(stats, terms, formula), divisor, formula)
-    return layout.shaped(value, input.shape)
+    return layout.shaped(objective.evaluate(stats, terms, y, normalizer, formula)[0], input.shape)
 
 
 class TokenStats(NamedTuple):

@@ -4,7 +4,7 @@ How rows may lie in memory is in test_triton_layouts.py.
 
 The rest is the suite of the primitives, which it passes in Triton's interpreter:
 
-    TRITON_INTERPRET=1 XENT_BACKEND=triton python -m pytest tests/test_primitives.py tests/test_primitives_edges.py
+    TRITON_INTERPRET=1 XENT_BACKEND=triton python -m pytest tests/backends/test_primitives{,_edges}.py
 """
 
 from __future__ import annotations

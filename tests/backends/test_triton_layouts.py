@@ -1,6 +1,6 @@
 """Where the triton backend finds rows in memory: logits, targets and numbers of any strides, read where they lie.
 
-    TRITON_INTERPRET=1 XENT_BACKEND=triton python -m pytest tests/test_triton_layouts.py
+    TRITON_INTERPRET=1 XENT_BACKEND=triton python -m pytest tests/backends/test_triton_layouts.py
 
 The interpreter does not fault at a wrong alignment, so what a kernel is told of it is checked by itself.
 """

@@ -63,6 +63,10 @@ class HeadOptions(NamedTuple):
         """Of class weights, and of the sum of the head's gradient."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    def class_weight(self, weight: Tensor | None, target: Tensor) -> Tensor | None:
+        """As the primitives take it."""
+        return objective.class_weight(weight, target, self.label_smoothing, self.weight_dtype)
+
 
 class Block(NamedTuple):
     """Some rows, and where they come from."""
@@ -87,10 +91,8 @@ class Blocks:
         self.kept: Tensor | None = None
         if not target.is_floating_point():
             check_range(target, options.spec.classes or C, options.spec.ignore_index)
-            kept = (target != options.spec.ignore_index).nonzero()[
-                :, 0
-            ]  # the one time that the host waits for a device
-            self.kept = None if len(kept) == N else kept
+            kept = (target != options.spec.ignore_index).nonzero()  # the one time that the host waits for a device
+            self.kept = None if len(kept) == N else kept[:, 0]
         elif options.shift:
             self.kept = torch.arange(N, device=hidden.device).view(-1, options.shift)[:, :-1].flatten()
         count = N if self.kept is None else len(self.kept)
@@ -170,13 +172,6 @@ class Grads:
         return [grad for grad in (self.dh, self.dW, self.db, self.dq) if grad is not None]
 
 
-def class_weights(weight: Tensor | None, target: Tensor, options: HeadOptions) -> Tensor | None:
-    """The weights as the primitives want them, where they count for each class and not only for that of the target."""
-    if weight is None or not (target.is_floating_point() or options.label_smoothing > 0):
-        return None
-    return weight.to(options.weight_dtype)
-
-
 def in_their_dtypes(
     function: Callable[Concatenate[Tensor, P], list[Tensor]],
 ) -> Callable[Concatenate[Tensor, P], list[Tensor]]:
@@ -209,7 +204,7 @@ def loss_and_grads(
     With float16 the gradients are those of the sum, which `functions.py` scales: 1 / N in each of the products
     would take small probabilities below what the format can hold.
     """
-    blocks, w = Blocks(hidden, weight, bias, target, options), class_weights(class_weight, target, options)
+    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
     total, grads, formula = torch.zeros_like(factor), Grads(blocks, needs), options.objective
     g = torch.ones_like(factor) if options.dtype == torch.float16 else factor
     for block in blocks:
@@ -233,7 +228,7 @@ def stats_of(
     options: HeadOptions,
 ) -> list[Tensor]:
     """Those of `Stats` that are wanted, (1, N) each; for a row that is left out what the primitives say of one."""
-    blocks, w = Blocks(hidden, weight, bias, target, options), class_weights(class_weight, target, options)
+    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
     found: list[Tensor] = []
     for block in blocks:
         stats = blocks.stats(block, w).pack()
@@ -258,7 +253,7 @@ def stats_grads(
     needs: Needs,
 ) -> list[Tensor]:
     """Gradients of (hidden, weight, bias, target), as far as they are wanted, from numbers per row, (1, N) each."""
-    blocks, w = Blocks(hidden, weight, bias, target, options), class_weights(class_weight, target, options)
+    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
     grads = Grads(blocks, needs)
     for block in blocks:
         part = Upstream(*[None if g is None else g[:, block.rows] for g in upstream])  # type: ignore[arg-type]

@@ -157,13 +157,15 @@ class HeadStats(NoTransforms, torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads):
             return (None,) * 6
-        return *stats_backward(ctx.saved_tensors, grads, ctx.options, ctx.needs_input_grad[:4], GONE), None, None
+        saved = ctx.saved_tensors
+        found = stats_backward(saved, grads, ctx.options, ctx.needs_input_grad[:4])
+        return *[once_differentiable(grad, saved[:4], GONE) for grad in found], None, None
 
 
 def stats_backward(
-    saved: tuple[Any, ...], grads: Sequence[Tensor | None], options: HeadOptions, needs: Needs, reason: str
+    saved: tuple[Any, ...], grads: Sequence[Tensor | None], options: HeadOptions, needs: Needs
 ) -> list[Tensor | None]:
-    """The gradients of hidden, weight, bias and target that are wanted, which are not differentiated again."""
+    """The gradients of hidden, weight, bias and target that are wanted, without a graph of their own."""
     hidden, weight, bias, target, class_weight, top, lse, entropy = saved
     if any(map(_torch.is_batched_gradient, grads)):
         raise NotImplementedError(
@@ -179,8 +181,7 @@ def stats_backward(
         else:
             found = blocks.stats_grads(*rows, upstream, *rest, options, needs)
         left = iter(found)
-        results = [next(left).to(t.dtype) if needed else None for t, needed in zip(rows[:4], needs, strict=True)]
-    return [once_differentiable(grad, rows[:4], reason) for grad in results]
+        return [next(left).to(t.dtype) if needed else None for t, needed in zip(rows[:4], needs, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- operators

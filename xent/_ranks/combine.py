@@ -16,7 +16,7 @@ This is plain differentiable torch. d lse / d lse_r = pi_r turns the softmax of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,9 +35,24 @@ class Gathered(NamedTuple):
     ranks: Tensor  #        (R, 2): how many classes a rank holds, and the sum of their weights
     part: Tensor | None  #  (C,): the weights of the classes held here, for probabilities or wsum
 
-    def start(self, rank: int) -> Tensor:
-        """0-d: the first class held there."""
-        return self.ranks[:rank, 0].sum().long()
+    @classmethod
+    def unpack(cls, found: Sequence[Tensor]) -> Gathered:
+        """The inverse of `pack`."""
+        return cls(*found, *[None] * (3 - len(found)))
+
+    def pack(self) -> list[Tensor]:
+        """Those that there are."""
+        return [tensor for tensor in self if tensor is not None]
+
+    def of_rank(
+        self, rank: int, g: Tensor, target: Tensor, ignore_index: int, C: int, wanted: Wanted
+    ) -> tuple[Tensor, Stats, Sequence[Tensor]]:
+        """For the gradient of a rank with C classes: its target, its own statistics, and what flows back to these."""
+        soft = target.is_floating_point()
+        count, start = wanted.count(soft), self.ranks[:rank, 0].sum().long()
+        own, flowing = wanted.unpack(self.numbers[rank, :count].unbind(0), soft), g[rank, :count].unbind(0)
+        own = own._replace(lse=_finite_lse(own.lse, flowing[1]))
+        return target if soft else _local_target(target, start, C, ignore_index), own, flowing
 
 
 def gather(
@@ -142,16 +157,14 @@ def _over_ranks(parts: Stats, target: Tensor, ignored: Tensor | None, sizes: Ten
     return Stats(*[None if x is None else x.masked_fill(ignored, -1 if x is argmax else 0) for x in found])  # type: ignore[arg-type]
 
 
-def local_target(target: Tensor, start: Tensor, C: int, ignore_index: int) -> Tensor:
+def _local_target(target: Tensor, start: Tensor, C: int, ignore_index: int) -> Tensor:
     """Class indices among the C held here; C for a class held elsewhere, and -1 for a row that does not count."""
-    if target.is_floating_point():
-        return target
     local = target.long() - start
     local = torch.where((local >= 0) & (local < C), local, C)
     return local.masked_fill(target == ignore_index, -1)
 
 
-def finite_lse(lse: Tensor, g_lse: Tensor) -> Tensor:
+def _finite_lse(lse: Tensor, g_lse: Tensor) -> Tensor:
     """For the gradient of a part whose logits are all -inf: p = exp(-inf - 0) is 0 there, exp(-inf + inf) is not.
 
     Where the row is NaN over all ranks, which g_lse tells, it is NaN here as well.

@@ -21,7 +21,7 @@ from .. import _torch
 from .._records import Layout, RowSpec, Stats, Wanted, compute_dtype
 from .._rows import functions, operators
 from .._rows.objective import ClassTerms
-from .combine import Gathered, combine, empty_gathered, finite_lse, gather, local_target
+from .combine import Gathered, combine, empty_gathered, gather
 
 WHY = (
     "of a loss whose classes are spread over ranks needs the logits of the other ranks, and would be wrong without "
@@ -51,7 +51,7 @@ def rank_stats(
         arguments = (input, target, weight, group.group_name, layout, spec, wanted, inplace)
         found = RankStats.apply(*arguments)  # type: ignore[no-untyped-call]
     ignored = None if target.is_floating_point() else target == spec.ignore_index
-    return combine(Gathered(*found, *[None] * (3 - len(found))), target, ignored, weight is not None, wanted)
+    return combine(Gathered.unpack(found), target, ignored, weight is not None, wanted)
 
 
 class RankStats(torch.autograd.Function):
@@ -79,7 +79,7 @@ class RankStats(torch.autograd.Function):
         input, target, _, ctx.group, *ctx.rest = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, *output, *[None] * (3 - len(output)))
+        ctx.save_for_backward(input, target, *Gathered.unpack(output))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -87,12 +87,9 @@ class RankStats(torch.autograd.Function):
             return (None,) * 8
         input, target, *found = ctx.saved_tensors
         layout, spec, wanted, inplace = ctx.rest
-        gathered, rank, soft = Gathered(*found), _torch.process_group(ctx.group).rank(), target.is_floating_point()
-        count = wanted.count(soft)
-        own = wanted.unpack(gathered.numbers[rank, :count].unbind(0), soft)
-        y = local_target(target, gathered.start(rank), input.shape[layout.axis], spec.ignore_index)
-        flowing = g[rank, :count].unbind(0)
-        saved = (input, y, gathered.part, own.top, finite_lse(own.lse, flowing[1]), own.entropy)
+        gathered, rank = Gathered(*found), _torch.process_group(ctx.group).rank()
+        y, own, flowing = gathered.of_rank(rank, g, target, spec.ignore_index, input.shape[layout.axis], wanted)
+        saved = (input, y, gathered.part, own.top, own.lse, own.entropy)
         local, needs = spec._replace(ignore_index=-1), ctx.needs_input_grad
         grads = functions.stats_backward(saved, flowing, layout, local, wanted, inplace, needs)
         return *[functions.once_differentiable(d, (input, target), REASON) for d in grads[:2]], *[None] * 6
@@ -130,8 +127,7 @@ def _statistics(
     note = f"{layout.A * layout.B} rows of {input.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
     ignored = None if soft else target == ignore_index
     held = (input.shape[layout.axis], compute_dtype(input))
-    found = gather(group, note, target, ignored, weight, held, wanted, local)
-    return [tensor for tensor in found if tensor is not None]
+    return gather(group, note, target, ignored, weight, held, wanted, local).pack()
 
 
 # ---------------------------------------------------------------------------------------------------- operators

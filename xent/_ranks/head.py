@@ -25,7 +25,7 @@ from .._records import Stats, compute_dtype
 from .._rows.functions import once_differentiable
 from .._rows.objective import ClassTerms
 from .._rows.operators import define, differentiate
-from .combine import Gathered, combine, empty_gathered, finite_lse, gather, local_target
+from .combine import Gathered, combine, empty_gathered, gather
 
 
 def rank_head_stats(
@@ -43,10 +43,8 @@ def rank_head_stats(
         found = torch.ops.xent.rank_head_statistics(*arguments, group.group_name, *flatten(options))
     else:
         found = RankHeadStats.apply(*arguments, group.group_name, options)  # type: ignore[no-untyped-call]
-    ignored = _ignored(target, options)
-    ignored = None if ignored is None else ignored[None]
-    gathered = Gathered(*found, *[None] * (3 - len(found)))
-    return combine(gathered, target[None], ignored, class_weight is not None, options.wanted)
+    ignored, weighted = _ignored(target, options), class_weight is not None
+    return combine(Gathered.unpack(found), target[None], ignored, weighted, options.wanted)
 
 
 class RankHeadStats(NoTransforms, torch.autograd.Function):
@@ -72,7 +70,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         *tensors, _, ctx.group, ctx.options = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output, *[None] * (3 - len(output)))
+        ctx.save_for_backward(*tensors, *Gathered.unpack(output))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -80,15 +78,12 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
             return (None,) * 7
         hidden, weight, bias, target, *found = ctx.saved_tensors
         gathered, group, options = Gathered(*found), _torch.process_group(ctx.group), ctx.options
-        rank, soft, needs = group.rank(), target.is_floating_point(), ctx.needs_input_grad[:4]
-        count = options.wanted.count(soft)
-        own = options.wanted.unpack(gathered.numbers[rank, :count].unbind(0), soft)
-        y = local_target(target, gathered.start(rank), len(weight), options.spec.ignore_index)
-        local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=len(weight) + 1))
-        flowing = g[rank, :count].unbind(0)
-        saved = (hidden, weight, bias, y, gathered.part, own.top, finite_lse(own.lse, flowing[1]), own.entropy)
+        ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[:4], len(weight)
+        y, own, flowing = gathered.of_rank(group.rank(), g, target, ignore_index, C, options.wanted)
+        local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
+        saved = (hidden, weight, bias, y, gathered.part, own.top, own.lse, own.entropy)
         with torch.no_grad():
-            grads = stats_backward(saved, flowing, local, needs, GONE)
+            grads = stats_backward(saved, flowing, local, needs)
             if needs[0] and grads[0] is not None and group.size() > 1:
                 total = _torch.all_reduce(grads[0].to(compute_dtype(grads[0])), ctx.group)
                 grads[0] = total.to(hidden.dtype)
@@ -97,11 +92,11 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
 
 
 def _ignored(target: Tensor, options: HeadOptions) -> Tensor | None:
-    """The rows that do not count."""
+    """The rows that do not count, (1, N)."""
     if not target.is_floating_point():
-        return target == options.spec.ignore_index
+        return target[None] == options.spec.ignore_index
     if options.shift:  # the last of each sequence
-        return torch.arange(len(target), device=target.device) % options.shift == options.shift - 1
+        return torch.arange(len(target), device=target.device)[None] % options.shift == options.shift - 1
     return None
 
 
@@ -121,11 +116,8 @@ def _statistics(
 
     ignore_index, scale, softcap, *_ = options.spec
     note = f"{len(hidden)} rows of {hidden.shape[1]} {options.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
-    held, wanted = (len(weight), options.weight_dtype), options.wanted
-    ignored = _ignored(target, options)
-    ignored = None if ignored is None else ignored[None]
-    found = gather(group, note, target[None], ignored, class_weight, held, wanted, local)
-    return [tensor for tensor in found if tensor is not None]
+    held, ignored = (len(weight), options.weight_dtype), _ignored(target, options)
+    return gather(group, note, target[None], ignored, class_weight, held, options.wanted, local).pack()
 
 
 # ---------------------------------------------------------------------------------------------------- operators

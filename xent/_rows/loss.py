@@ -24,7 +24,14 @@ from . import objective, operators
 from .functions import row_stats
 from .objective import ClassTerms, Objective
 
-Statistics = Callable[..., Stats]
+
+class LossOptions(NamedTuple):
+    """What a call has besides its tensors."""
+
+    layout: Layout
+    spec: RowSpec
+    formula: Objective
+    inplace: bool
 
 
 class Evaluated(NamedTuple):
@@ -34,64 +41,42 @@ class Evaluated(NamedTuple):
     stats: Stats
     terms: ClassTerms
     divisor: float | Tensor | None
+    class_weight: Tensor | None
 
 
 def loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    layout: Layout,
-    spec: RowSpec,
-    formula: Objective,
-    inplace: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, options: LossOptions
 ) -> Tensor:
     """The loss of logits of any layout, whose target is already rows, (A, B) or (A, B, C)."""
+    arguments = (input, target, weight, normalizer, options)
     others = (target, weight, normalizer if isinstance(normalizer, Tensor) else None)
-    arguments = (input, target, weight, normalizer, layout, spec, formula, inplace)
     if _torch.needs_operator(input, *others) or _torch.needs_graph(input, *others):
         return loss_by_graph(*arguments)
     return Loss.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def loss_by_graph(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    layout: Layout,
-    spec: RowSpec,
-    formula: Objective,
-    inplace: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, options: LossOptions
 ) -> Tensor:
     """The same, differentiable any number of times in all its tensors."""
-    statistics = functools.partial(row_stats, inplace=inplace)
-    return _evaluate(statistics, input, target, weight, normalizer, layout, spec, formula).value
+    statistics = functools.partial(row_stats, inplace=options.inplace)
+    return _evaluate(statistics, input, target, weight, normalizer, options).value
 
 
 def _evaluate(
-    statistics: Statistics,
+    statistics: Callable[..., Stats],
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     normalizer: float | Tensor | None,
-    layout: Layout,
-    spec: RowSpec,
-    formula: Objective,
+    options: LossOptions,
 ) -> Evaluated:
-    w = class_weight(input, target, weight, formula)
+    layout, spec, formula, _ = options
+    w = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
     stats = statistics(input, target, layout, spec, formula.wanted, w)
     terms = objective.class_terms(target, weight, input.shape[layout.axis], formula)
-    divisor = objective.divisor(target, terms.row_weight, normalizer, formula)
-    value = objective.reduce(objective.row_losses(stats, terms, formula), divisor, formula)
-    return Evaluated(layout.shaped(value, input.shape), stats, terms, divisor)
-
-
-def class_weight(input: Tensor, target: Tensor, weight: Tensor | None, formula: Objective) -> Tensor | None:
-    """The weights as the primitives take them, where they count for each class and not only for that of the target."""
-    if weight is None or not (target.is_floating_point() or formula.label_smoothing > 0):
-        return None
-    return weight.to(compute_dtype(input))
+    value, divisor = objective.evaluate(stats, terms, target, normalizer, formula)
+    return Evaluated(layout.shaped(value, input.shape), stats, terms, divisor, w)
 
 
 class Loss(torch.autograd.Function):
@@ -104,31 +89,27 @@ class Loss(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         normalizer: float | Tensor | None,
-        layout: Layout,
-        spec: RowSpec,
-        formula: Objective,
-        inplace: bool,
+        options: LossOptions,
     ) -> Tensor:
-        value, stats, terms, divisor = _evaluate(
-            operators.row_statistics, input, target, weight, normalizer, layout, spec, formula
-        )
-        ctx.rest, ctx.inplace, ctx.terms, ctx.divisor = (layout, spec, formula), inplace, terms, divisor
-        ctx.normalizer = None if isinstance(normalizer, Tensor) else normalizer
+        found = _evaluate(operators.row_statistics, input, target, weight, normalizer, options)
+        ctx.options, ctx.terms, ctx.divisor, ctx.class_weight = options, found.terms, found.divisor, found.class_weight
         # A normalizer that is a tensor is saved even where it is not needed, to be seen if it changes.
-        given = normalizer if isinstance(normalizer, Tensor) else None
-        ctx.save_for_backward(input, target, weight, given, stats.top, stats.lse, stats.mass)
-        return value
+        tensor = isinstance(normalizer, Tensor)
+        ctx.normalizer = None if tensor else normalizer
+        stats = found.stats
+        ctx.save_for_backward(input, target, weight, normalizer if tensor else None, stats.top, stats.lse, stats.mass)
+        return found.value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, normalizer, top, lse, mass = ctx.saved_tensors
-        layout, spec, formula = ctx.rest
+        layout, spec, formula, inplace = ctx.options
         if torch.is_grad_enabled() or _torch.needs_operator(g) or _torch.needs_graph(input, g):
             again = torch.is_grad_enabled()
             with torch.enable_grad():
                 given = ctx.normalizer if normalizer is None else normalizer
-                value = loss_by_graph(input, target, weight, given, layout, spec, formula, ctx.inplace)
-            return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 7
+                value = loss_by_graph(input, target, weight, given, ctx.options)
+            return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
         stats = Stats(top, lse, lse, mass, None, None, None)  # nobody asks for picked again
         share = g.to(lse.dtype)
         if ctx.divisor is not None:
@@ -136,6 +117,5 @@ class Loss(torch.autograd.Function):
         if share.dim():
             share = share.reshape(lse.shape)
         upstream = objective.row_upstream(stats, ctx.terms, formula, share)
-        w = class_weight(input, target, weight, formula)
-        d_input = operators.row_gradient(input, target, top, lse, upstream, w, layout, spec, ctx.inplace)
-        return d_input, *[None] * 7
+        d_input = operators.row_gradient(input, target, top, lse, upstream, ctx.class_weight, layout, spec, inplace)
+        return d_input, *[None] * 4

@@ -48,6 +48,13 @@ class ClassTerms(NamedTuple):
     row_weight: Tensor | None  #    w_y of each row; None where all are 1, and for probabilities
 
 
+def class_weight(weight: Tensor | None, target: Tensor, label_smoothing: float, dtype: torch.dtype) -> Tensor | None:
+    """The weights as the primitives take them, where they count for each class and not only for that of the target."""
+    if weight is None or not (target.is_floating_point() or label_smoothing > 0):
+        return None
+    return weight.to(dtype)
+
+
 def class_terms(target: Tensor, weight: Tensor | None, classes: int, objective: Objective) -> ClassTerms:
     """Of class weights that are all held here."""
     if weight is None:
@@ -110,6 +117,14 @@ def divisor(
     counts = target != objective.ignore_index
     total = counts.sum() if row_weight is None else row_weight.sum()
     return total if objective.on_empty == "nan" else total + (~counts).all()
+
+
+def evaluate(
+    stats: Stats, terms: ClassTerms, target: Tensor, normalizer: float | Tensor | None, objective: Objective
+) -> tuple[Tensor, float | Tensor | None]:
+    """The loss of all rows, and what it was divided by."""
+    found = divisor(target, terms.row_weight, normalizer, objective)
+    return reduce(row_losses(stats, terms, objective), found, objective), found
 
 
 def reduce(losses: Tensor, divisor: float | Tensor | None, objective: Objective) -> Tensor:

@@ -64,7 +64,7 @@ INLINE Exp<double> exp_parts(double t) {  // the same with 1.5 * 2^52 + 1023
 template <class F>
 constexpr F LOWEST = sizeof(F) == 4 ? F(-87.33) : F(-708.39);  // just above ln of the smallest normal number
 
-// Within 1.3 ulp of e^t for float and 1.8 for double (tests/test_native.py; 1 and 1.5 where there is a fused multiply-
+// Within 1.3 ulp of e^t for float and 1.8 for double (tests/backends/test_native.py; 1 and 1.5 where there is a fused multiply-
 // add). Exactly 0 below LOWEST, where e^t is subnormal, and for -inf; NaN stays. A softmax needs t <= 0 only: the
 // bound holds up to 88 (709), but beyond, the result is meaningless. A clamp would cost every element for nothing.
 template <class F>

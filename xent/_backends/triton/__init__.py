@@ -20,7 +20,7 @@ beside what a copy of the same size reaches, which is the limit. They rest on
 
 - arithmetic: in bfloat16 an H100 (132 multiprocessors of 128 lanes, 1.7 GHz) has time for 17 instructions per logit in
   forward and 34 in backward before arithmetic is the limit, and for 2 and 4 exps; an A100 for 19 and 39. The compiled
-  loops have 9 and 13, and one exp: tests/test_triton_compile.py counts them. Least room is left for softcap;
+  loops have 9 and 13, and one exp: tests/backends/test_triton_compile.py counts them. Least room is left for softcap;
 - bytes on their way: a latency of 700 ns asks an H100 for 18 KB per multiprocessor at all times. Eight programs of 128
   threads with 64 registers each fit, and have 64 KB on their way whenever they wait.
 
