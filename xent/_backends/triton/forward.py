@@ -105,7 +105,8 @@ def load_coefficient(pointers, mask):
     Where a loop adds up what a load returns, as it is, Triton 3.7 moves the sum out of the loop: within it, where
     `add_weighted` reads the sum, it is 0, or else the compiler fails.
     """
-    return tl.where(mask, tl.load(pointers, mask), 0.0)
+    k = tl.load(pointers, mask, 0.0)
+    return tl.where(k == 0, 0.0, k)
 
 
 @triton.jit
