@@ -83,14 +83,15 @@ class Wanted(NamedTuple):
 
     def unpack(self, found: Sequence[Any], soft: bool) -> Stats:
         """`Stats` from those that there are, for probabilities (`soft`) or indices; or from their gradients."""
-        left = iter(found)
-        return Stats(*[next(left) if there else None for there in (True, True, True, soft, *self)])  # type: ignore[arg-type]
+        top, lse, picked, *rest = found
+        left = iter(rest)
+        return Stats(top, lse, picked, *[next(left) if there else None for there in (soft, *self)])
 
     def empty(self, rows: Tensor, soft: bool) -> list[Tensor]:
         """Packed results without numbers, one for each row of `rows` (..., C): what a fake operator returns."""
-        dtype, count = statistics_dtype(rows.device), 3 + soft + self.wsum + self.entropy
-        dtypes = [dtype] * count + [torch.int64] * self.argmax
-        return [rows.new_empty(rows.shape[:-1], dtype=dtype) for dtype in dtypes]
+        top = rows.new_empty(tuple(rows.shape[:-1]), dtype=statistics_dtype(rows.device))
+        found = [top, *[torch.empty_like(top) for _ in range(2 + soft + self.wsum + self.entropy)]]
+        return [*found, torch.empty_like(top, dtype=torch.int64)] if self.argmax else found
 
 
 class Upstream(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils import _python_dispatch
 
@@ -65,6 +66,11 @@ def _keys_of(tensors: tuple[Tensor | None, ...]) -> int:
     return keys
 
 
+def apply_to_plain(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply` of tensors that need no operator: there is no transform whose wrappers it would look for."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def is_batched_gradient(tensor: Tensor | None) -> bool:
     """Whether this is what torch.autograd.grad(is_grads_batched=True) hands to a backward."""
     if tensor is None or torch.compiler.is_compiling():
@@ -76,12 +82,12 @@ def needs_graph(input: Tensor, *others: Tensor | None) -> bool:
     """Whether something else than `input` is differentiated, or forward mode is on for any of these."""
     if torch.is_grad_enabled() and any(other is not None and other.requires_grad for other in others):
         return True
-    return is_dual(input) or any(other is not None and is_dual(other) for other in others)
+    return forward_ad._current_level >= 0 and any(other is not None and is_dual(other) for other in (input, *others))
 
 
 def is_dual(tensor: Tensor) -> bool:
     """Whether it carries a tangent."""
-    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def refuse_nested_forward_mode(tensor: Tensor) -> None:

@@ -212,7 +212,7 @@ def loss_and_grads(
         terms = objective.class_terms(block.target, class_weight, len(weight), formula)
         total += objective.row_losses(stats, terms, formula).sum() * factor
         if any(needs):
-            upstream = objective.row_upstream(stats, terms, formula, g)
+            upstream = objective.row_upstream(stats.top, stats.lse, stats.mass, terms, formula, g)
             g_mass = -upstream.picked * stats.lse if target.is_floating_point() else None  # of lse mass - picked
             grads.add(block, stats.top, stats.lse, w, upstream, g_mass)
     return [total, *grads.found()]

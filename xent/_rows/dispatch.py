@@ -59,7 +59,7 @@ def row_statistics(
     device-side assertion).
     """
     if spec.classes is None:
-        spec = spec._replace(classes=logits.shape[2] + spec.start)
+        spec = RowSpec(*spec[:4], logits.shape[2] + spec.start)
     if logits.numel() == 0:
         return _no_logits(logits, target, spec, wanted)
     return backend_for(logits, target).row_statistics(logits, target, spec, wanted, class_weight)  # type: ignore[no-any-return]

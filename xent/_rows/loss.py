@@ -11,7 +11,6 @@ differentiated.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,33 +33,21 @@ class LossOptions(NamedTuple):
     inplace: bool
 
 
-class Evaluated(NamedTuple):
-    """A loss, and what its derivative needs."""
-
-    value: Tensor
-    stats: Stats
-    terms: ClassTerms
-    divisor: float | Tensor | None
-    class_weight: Tensor | None
-
-
 def loss(
     input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, options: LossOptions
 ) -> Tensor:
     """The loss of logits of any layout, whose target is already rows, (A, B) or (A, B, C)."""
-    arguments = (input, target, weight, normalizer, options)
-    others = (target, weight, normalizer if isinstance(normalizer, Tensor) else None)
-    if _torch.needs_operator(input, *others) or _torch.needs_graph(input, *others):
-        return loss_by_graph(*arguments)
-    return Loss.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    tensors = (input, target, weight, normalizer if isinstance(normalizer, Tensor) else None)
+    if _torch.needs_operator(*tensors) or _torch.needs_graph(*tensors):
+        return loss_by_graph(input, target, weight, normalizer, options)
+    return _torch.apply_to_plain(Loss, input, target, weight, normalizer, options)  # type: ignore[no-any-return]
 
 
 def loss_by_graph(
     input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, options: LossOptions
 ) -> Tensor:
     """The same, differentiable any number of times in all its tensors."""
-    statistics = functools.partial(row_stats, inplace=options.inplace)
-    return _evaluate(statistics, input, target, weight, normalizer, options).value
+    return _evaluate(row_stats, input, target, weight, normalizer, options)[0]
 
 
 def _evaluate(
@@ -70,13 +57,14 @@ def _evaluate(
     weight: Tensor | None,
     normalizer: float | Tensor | None,
     options: LossOptions,
-) -> Evaluated:
-    layout, spec, formula, _ = options
+) -> tuple[Tensor, Stats, ClassTerms, float | Tensor | None, Tensor | None]:
+    """The loss, and what its derivative needs: the statistics, the terms of the classes, the divisor, the weights."""
+    layout, spec, formula, inplace = options
     w = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
-    stats = statistics(input, target, layout, spec, formula.wanted, w)
+    stats = statistics(input, target, layout, spec, formula.wanted, w, inplace)
     terms = objective.class_terms(target, weight, input.shape[layout.axis], formula)
     value, divisor = objective.evaluate(stats, terms, target, normalizer, formula)
-    return Evaluated(layout.shaped(value, input.shape), stats, terms, divisor, w)
+    return layout.shaped(value, input.shape), stats, terms, divisor, w
 
 
 class Loss(torch.autograd.Function):
@@ -91,31 +79,30 @@ class Loss(torch.autograd.Function):
         normalizer: float | Tensor | None,
         options: LossOptions,
     ) -> Tensor:
-        found = _evaluate(operators.row_statistics, input, target, weight, normalizer, options)
-        ctx.options, ctx.terms, ctx.divisor, ctx.class_weight = options, found.terms, found.divisor, found.class_weight
+        value, stats, *ctx.formula = _evaluate(operators.direct_statistics, input, target, weight, normalizer, options)
         # A normalizer that is a tensor is saved even where it is not needed, to be seen if it changes.
         tensor = isinstance(normalizer, Tensor)
-        ctx.normalizer = None if tensor else normalizer
-        stats = found.stats
+        ctx.normalizer, ctx.options = None if tensor else normalizer, options
         ctx.save_for_backward(input, target, weight, normalizer if tensor else None, stats.top, stats.lse, stats.mass)
-        return found.value
+        return value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, normalizer, top, lse, mass = ctx.saved_tensors
         layout, spec, formula, inplace = ctx.options
-        if torch.is_grad_enabled() or _torch.needs_operator(g) or _torch.needs_graph(input, g):
-            again = torch.is_grad_enabled()
+        terms, divisor, class_weight = ctx.formula
+        again = torch.is_grad_enabled()
+        if again or _torch.needs_operator(g) or _torch.needs_graph(input, g):
             with torch.enable_grad():
                 given = ctx.normalizer if normalizer is None else normalizer
                 value = loss_by_graph(input, target, weight, given, ctx.options)
             return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
-        stats = Stats(top, lse, lse, mass, None, None, None)  # nobody asks for picked again
         share = g.to(lse.dtype)
-        if ctx.divisor is not None:
-            share = share / ctx.divisor
+        if divisor is not None:
+            share = share / divisor
         if share.dim():
             share = share.reshape(lse.shape)
-        upstream = objective.row_upstream(stats, ctx.terms, formula, share)
-        d_input = operators.row_gradient(input, target, top, lse, upstream, ctx.class_weight, layout, spec, inplace)
-        return d_input, *[None] * 4
+        upstream = objective.row_upstream(top, lse, mass, terms, formula, share)
+        out = input.detach() if inplace else None
+        d_input = operators.direct_gradient(input, target, top, lse, upstream, class_weight, layout, spec, out)
+        return d_input, None, None, None, None

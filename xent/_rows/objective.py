@@ -85,12 +85,13 @@ def row_losses(stats: Stats, terms: ClassTerms, objective: Objective) -> Tensor:
     return loss if z_loss == 0 else loss + z_loss * (top + lse) ** 2
 
 
-def row_upstream(stats: Stats, terms: ClassTerms, objective: Objective, g: Tensor) -> Upstream:
+def row_upstream(
+    top: Tensor, lse: Tensor, mass: Tensor | None, terms: ClassTerms, objective: Objective, g: Tensor
+) -> Upstream:
     """Derivatives of sum_n g_n loss_n with respect to lse, picked and wsum, for whoever needs them without autograd.
 
     `g` is one number for all rows (0-d) or one for each.
     """
-    top, lse, _, mass, *_ = stats
     eps, z_loss = objective.label_smoothing, objective.z_loss
     of_target = mass if mass is not None else terms.row_weight  # None where all are 1
     kept = g if eps == 0 else g * (1 - eps)
@@ -115,8 +116,8 @@ def divisor(
         rows = math.prod(target.shape[:-1])
         return 1 if rows == 0 and objective.on_empty == "zero" else rows
     counts = target != objective.ignore_index
-    total = counts.sum() if row_weight is None else row_weight.sum()
-    return total if objective.on_empty == "nan" else total + (~counts).all()
+    total = torch.count_nonzero(counts) if row_weight is None else row_weight.sum()
+    return total if objective.on_empty == "nan" else total + ~counts.any()
 
 
 def evaluate(

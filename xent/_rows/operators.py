@@ -31,9 +31,22 @@ def row_statistics(
 ) -> Stats:
     """`dispatch.row_statistics` of logits in their own shape; by way of the operator where there is no memory yet."""
     if not _torch.needs_operator(input, target, class_weight):
-        return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
+        return direct_statistics(input, target, layout, spec, wanted, class_weight)
     found = torch.ops.xent.row_statistics(input, target, class_weight, *layout, *spec, *wanted, False)
     return wanted.unpack(found, target.is_floating_point())
+
+
+def direct_statistics(
+    input: Tensor,
+    target: Tensor,
+    layout: Layout,
+    spec: RowSpec,
+    wanted: Wanted,
+    class_weight: Tensor | None,
+    inplace: bool = False,
+) -> Stats:
+    """The same, of tensors that are known to have memory; `inplace` is for a derivative."""
+    return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
 
 
 def row_gradient(
@@ -50,7 +63,7 @@ def row_gradient(
     """`dispatch.row_gradient` in the shape of the logits: fresh, or in their memory."""
     out = input.detach() if inplace else None
     if not _torch.needs_operator(input, target, *upstream, class_weight):
-        return _gradient(input, layout, target, top, lse, upstream, class_weight, spec, out)
+        return direct_gradient(input, target, top, lse, upstream, class_weight, layout, spec, out)
     flat = (target, top, lse, *upstream, class_weight, *layout, *spec)
     if out is None:
         return torch.ops.xent.row_gradient(input, *flat)  # type: ignore[no-any-return]
@@ -60,6 +73,27 @@ def row_gradient(
         )
     torch.ops.xent.row_gradient_(out, *flat)
     return out
+
+
+def direct_gradient(
+    input: Tensor,
+    target: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    upstream: Upstream,
+    class_weight: Tensor | None,
+    layout: Layout,
+    spec: RowSpec,
+    out: Tensor | None,
+) -> Tensor:
+    """The same, of tensors that are known to have memory: fresh, or in `out`."""
+    rows = layout.rows(input)
+    if out is not None:
+        dispatch.row_gradient(rows, target, top, lse, upstream, spec, class_weight, layout.rows(out))
+        return out
+    found = dispatch.row_gradient(rows, target, top, lse, upstream, spec, class_weight)
+    # A tensor of its own and no view, so that autograd may add the next gradient to it in place.
+    return layout.restore(found, input.shape).data
 
 
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -95,29 +129,10 @@ def _empty_statistics(input: Tensor, target: Tensor, class_weight: Tensor | None
     return Wanted(*flat[8:11]).empty(input.new_empty(*flat[1:3], 0), target.is_floating_point())
 
 
-def _gradient(
-    input: Tensor,
-    layout: Layout,
-    target: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    class_weight: Tensor | None,
-    spec: RowSpec,
-    out: Tensor | None,
-) -> Tensor:
-    rows = layout.rows(input)
-    if out is not None:
-        dispatch.row_gradient(rows, target, top, lse, upstream, spec, class_weight, layout.rows(out))
-        return out
-    found = dispatch.row_gradient(rows, target, top, lse, upstream, spec, class_weight)
-    # A tensor of its own and no view, so that autograd may add the next gradient to it in place.
-    return layout.restore(found, input.shape).data
-
-
 def _run_gradient(input: Tensor, *flat: Any, out: Tensor | None = None) -> Tensor:
-    (target, top, lse), upstream, layout = flat[:3], Upstream(*flat[3:7]), Layout(*flat[8:11])
-    return _gradient(input, layout, target, top, lse, upstream, flat[7], RowSpec(*flat[11:16]), out)
+    layout, spec = Layout(*flat[8:11]), RowSpec(*flat[11:16])
+    (target, top, lse), upstream = flat[:3], Upstream(*flat[3:7])
+    return direct_gradient(input, target, top, lse, upstream, flat[7], layout, spec, out)
 
 
 def _run_gradient_(input: Tensor, *flat: Any) -> None:

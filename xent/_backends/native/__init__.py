@@ -70,8 +70,7 @@ def row_gradient(
     kind = _taken(logits, target)
     weight = None if class_weight is None else _class_weight(logits, class_weight)
     shape = logits.shape[:2]
-    given = zip(NUMBERS, (top, lse, *upstream), strict=True)
-    numbers = [None if x is None else _per_row(name, x, shape) for name, x in given]
+    numbers = [None if x is None else _per_row(i, x, shape) for i, x in enumerate((top, lse, *upstream))]
     fresh = out is None
     if out is None:
         out = torch.empty_like(logits)
@@ -128,10 +127,12 @@ def _taken(logits: Tensor, target: Tensor) -> int:
     return kind
 
 
-def _per_row(name: str, x: Tensor, shape: torch.Size) -> Tensor:
-    """(A, B) with one stride from row to row: all side by side, or one number for all."""
+def _per_row(i: int, x: Tensor, shape: torch.Size) -> Tensor:
+    """The i-th of `NUMBERS`, (A, B), with one stride from row to row: all side by side, or one number for all."""
     if x.shape != shape or not x.is_cpu:
-        raise ValueError(f"{name}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}")
+        raise ValueError(
+            f"{NUMBERS[i]}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}"
+        )
     if x.dtype is not FLOAT64 or x.is_neg():
         x = x.resolve_neg().to(FLOAT64)
     return x if x.is_contiguous() or x.stride() == (0, 0) else x.contiguous()
