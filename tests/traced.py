@@ -41,6 +41,17 @@ def probabilities(N: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return randn(N, C, generator=generator), randn(N, C, generator=generator).softmax(1)
 
 
+def candidates(N: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.randint(C, (N, 3), generator=generator)
+    y[1, 0] = -100
+    return *probabilities(N, generator)[:1], torch.rand(N, 3, dtype=torch.float64, generator=generator), y
+
+
+def of_dense(x: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    k = q.where(y != -100, 0)
+    return F.cross_entropy(x, torch.zeros_like(x).scatter_add(1, y.clamp(min=0), k))
+
+
 def images(N: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return randn(N, C, 2, 2, generator=generator), torch.randint(C, (N, 2, 2), generator=generator)
 
@@ -73,6 +84,7 @@ all_options = {"weight": WEIGHT, "label_smoothing": 0.1}
 FUNCTIONS: dict[str, Case] = {
     "indices": Case(xent.cross_entropy, F.cross_entropy, indices),
     "probabilities": Case(xent.cross_entropy, F.cross_entropy, probabilities),
+    "candidates": Case(lambda x, q, y: xent.cross_entropy(x, y, target_prob=q), of_dense, candidates),
     "images": Case(xent.cross_entropy, F.cross_entropy, images),
     "weight and smoothing": Case(
         lambda x, y: xent.cross_entropy(x, y, **all_options), lambda x, y: F.cross_entropy(x, y, **all_options), indices
@@ -93,6 +105,7 @@ FUNCTIONS: dict[str, Case] = {
         lambda h, W, y: together(xent.linear_token_stats(h, W, y, entropy=True)), of_head(stats_of), heads
     ),
     "group": Case(lambda x, y: xent.cross_entropy(x, y, **group()), F.cross_entropy, indices),
+    "group, candidates": Case(lambda x, q, y: xent.cross_entropy(x, y, target_prob=q, **group()), of_dense, candidates),
     "group, token_stats": Case(
         lambda x, y: together(xent.token_stats(x, y, entropy=True, **group())), stats_of, indices
     ),

@@ -29,15 +29,20 @@ class Layout(NamedTuple):
         return x.reshape(self.A, self.B, C)
 
     def restore(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """(A, B, C) in the shape of the logits."""
-        if self.axis == len(shape) - 1:
-            return rows.reshape(shape)
+        """(A, B, n) in the shape of the logits, with n numbers in the place of the classes."""
         positions = shape[: self.axis] + shape[self.axis + 1 :]
-        return rows.reshape(*positions, rows.shape[2]).movedim(-1, self.axis)
+        found = rows.reshape(*positions, rows.shape[2])
+        return found if self.axis == len(positions) else found.movedim(-1, self.axis)
 
     def shaped(self, numbers: Tensor, shape: torch.Size) -> Tensor:
-        """One number per row, (A, B), in the shape of the positions of logits of this shape; one in all as it is."""
-        return numbers.view(shape[: self.axis] + shape[self.axis + 1 :]) if numbers.dim() else numbers
+        """Numbers of rows, (A, B) or (A, B, K), in the shape of logits of this shape; one in all as it is.
+
+        K numbers per position lie where the logits have their classes.
+        """
+        if not numbers.dim():
+            return numbers
+        positions = shape[: self.axis] + shape[self.axis + 1 :]
+        return self.restore(numbers, shape) if numbers.dim() == 3 else numbers.view(positions)
 
 
 class RowSpec(NamedTuple):
@@ -59,7 +64,8 @@ class Stats(NamedTuple):
 
     top: Tensor  #            the largest z_c; 0 where that is not finite
     lse: Tensor  #            log sum_c exp(z_c - top)
-    picked: Tensor  #         z_y - top; 0 where another shard holds y. For probabilities sum_c q_c w_c (z_c - top)
+    picked: Tensor  #         z_y - top, for each of K candidates; 0 where another shard holds y.
+    #                         For probabilities sum_c q_c w_c (z_c - top)
     mass: Tensor | None  #    sum_c q_c w_c, for probabilities only
     wsum: Tensor | None  #    sum_c w_c (z_c - top)
     entropy: Tensor | None  # -sum_c p_c log p_c
@@ -87,20 +93,34 @@ class Wanted(NamedTuple):
         left = iter(rest)
         return Stats(top, lse, picked, *[next(left) if there else None for there in (soft, *self)])
 
-    def empty(self, rows: Tensor, soft: bool) -> list[Tensor]:
-        """Packed results without numbers, one for each row of `rows` (..., C): what a fake operator returns."""
+    def empty(self, rows: Tensor, target: Tensor) -> list[Tensor]:
+        """Packed results without numbers, one for each row of `rows` (A, B, C): what a fake operator returns."""
+        soft = target.is_floating_point()
         top = rows.new_empty(tuple(rows.shape[:-1]), dtype=statistics_dtype(rows.device))
-        found = [top, *[torch.empty_like(top) for _ in range(2 + soft + self.wsum + self.entropy)]]
+        picked = top.new_empty(target.shape) if has_candidates(target) else torch.empty_like(top)
+        found = [top, torch.empty_like(top), picked]
+        found += [torch.empty_like(top) for _ in range(soft + self.wsum + self.entropy)]
         return [*found, torch.empty_like(top, dtype=torch.int64)] if self.argmax else found
 
 
 class Upstream(NamedTuple):
-    """What flows back: the gradient of a loss for each statistic, one number per row."""
+    """What flows back: the gradient of a loss for each statistic, one number per row (and candidate, for `picked`)."""
 
     lse: Tensor
     picked: Tensor
     wsum: Tensor | None = None
     entropy: Tensor | None = None
+
+
+def has_candidates(target: Tensor) -> bool:
+    """Whether a target has K classes per row, (A, B, K), and neither one, (A, B), nor probabilities, (A, B, C)."""
+    return target.dim() == 3 and not target.is_floating_point()
+
+
+def rows_that_count(target: Tensor, ignore_index: int) -> Tensor:
+    """(A, B): the rows of an index target that are not ignored, with any of their candidates."""
+    counts = target != ignore_index
+    return counts.any(2) if target.dim() == 3 else counts
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from ._inputs.options import overridable
 from ._ranks.dtensor import distributed, on_logits
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.functions import rank_stats
-from ._records import RowSpec, Stats, Wanted, compute_dtype
+from ._records import RowSpec, Stats, Wanted, compute_dtype, has_candidates
 from ._rows import objective
 from ._rows.functions import row_stats
 from ._rows.loss import LossOptions, loss
@@ -40,6 +40,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
+    target_prob: Float[Tensor, "..."] | None = None,
     group: ProcessGroup | None = None,
 ) -> Float[Tensor, "..."]:
     r"""Cross-entropy between logits and targets, in nats.
@@ -52,8 +53,10 @@ def cross_entropy(
               + \frac{\varepsilon}{C} \sum_c w_c\, (\mathrm{lse} - z_c) + \lambda\, \mathrm{lse}^2
 
     and a target distribution `q` has :math:`\sum_c ((1-\varepsilon) q_c + \varepsilon/C)\, w_c\, (\mathrm{lse} - z_c)`
-    in the place of the first two terms. "mean" divides the sum by :math:`\sum w_y` over the positions that count, for
-    indices, and by their number, for probabilities. Each position's gradient is the classic one, `softmax - one-hot`.
+    in the place of the first two terms. So has a target of K indices :math:`y_k` per position with the probabilities
+    :math:`q_k` = `target_prob`, and :math:`q_c = 0` for all other classes. "mean" divides the sum by :math:`\sum w_y`
+    over the positions that count, for single indices, and by their number else. Each position's gradient is the
+    classic one, `softmax - one-hot`.
 
     The arguments that :func:`torch.nn.functional.cross_entropy` has mean what they mean there.
 
@@ -61,10 +64,12 @@ def cross_entropy(
         input: logits of shape `(C)`, `(N, C)`, `(N, C, d1, ...)` (PyTorch's layout) or `(..., C)` (a language model's),
             of any floating dtype and any strides.
         target: class indices in `[0, C)`, of `input`'s shape without the class dimension and any integer dtype; or
-            probabilities, of `input`'s shape and any floating dtype, which may require grad.
+            probabilities, of `input`'s shape and any floating dtype, which may require grad. With `target_prob`, K
+            indices in the place of the class dimension: `(N, K, d1, ...)` or `(..., K)`.
         weight: `(C,)`, a weight for each class, of any floating dtype.
         ignore_index: positions with this target count for nothing: they are not read, add nothing to the loss and
-            have a gradient of exactly 0, even where they hold NaN. Index targets only.
+            have a gradient of exactly 0, even where they hold NaN. Index targets only; of K indices, one that is
+            ignored counts as one of probability 0, and a position counts for nothing where all are.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
         dim: the class dimension. None finds it from the shapes, and refuses where two readings fit.
@@ -83,6 +88,9 @@ def cross_entropy(
             arithmetic on single logits is in float32 (float64 for float64), on rows and their sums in float64.
         inplace_backward: let backward write the gradient over the logits, so that it needs no memory of its own. The
             logits are gone then: a second use of them in a backward raises, as after any in-place operation.
+        target_prob: :math:`q_k`, of the shape of a target of K indices and any floating dtype; may require grad. No
+            (N, C) tensor is made of it. The :math:`q_k` need not sum to 1: nothing is done about the rest. An index
+            that is there twice counts twice.
         group: the ranks over which the classes are spread: `input` holds some of them on each rank (probabilities and,
             if it has their length, `weight`, too), in the order of the ranks, not necessarily as many as on another;
             the target's indices are those of all classes, and the same on each rank. Each gets the same loss, the one
@@ -130,15 +138,22 @@ def cross_entropy(
         options.check_options(
             ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype, softcap, logit_scale
         )
-        layout, y, soft = rows.read_batch(input, target, dim, ignore_index, inplace_backward)
+        several = target_prob is not None
+        layout, y, soft = rows.read_batch(input, target, dim, ignore_index, several, inplace_backward)
+        if target_prob is not None:
+            rows.check_target_prob(target_prob, target)
+            target_prob = layout.rows(target_prob)
         options.check_weight(weight, input.shape[layout.axis], input, soft, sharded=group is not None)
         options.check_normalizer_device(normalizer, input)
 
     spec, dtype = RowSpec(ignore_index, logit_scale, softcap), loss_dtype or rows.result_dtype(input)
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore_index, dtype)
     if group is None:
-        return loss(input, y, weight, normalizer, LossOptions(layout, spec, formula, inplace_backward))
+        batch_options = LossOptions(layout, spec, formula, inplace_backward)
+        return loss(input, y, weight, normalizer, target_prob, batch_options)
     stats, terms = rank_stats(input, y, weight, group, layout, spec, formula.wanted, inplace_backward)
+    if target_prob is not None:
+        stats, terms = objective.of_candidates(stats, terms, y, target_prob, ignore_index)
     return layout.shaped(objective.evaluate(stats, terms, y, normalizer, formula)[0], input.shape)
 
 
@@ -169,9 +184,20 @@ class TokenStats(NamedTuple):
     prediction: Tensor | None
 
     @classmethod
-    def _of(cls, stats: Stats, dtype: torch.dtype, shaped: Callable[[Tensor], Tensor]) -> TokenStats:
+    def _of(
+        cls,
+        stats: Stats,
+        target: Tensor,
+        ignore_index: int,
+        dtype: torch.dtype,
+        shaped: Callable[[Tensor], Tensor],
+    ) -> TokenStats:
+        if has_candidates(target):  # some of a position may be ignored
+            log_prob = (stats.picked - stats.lse[..., None]).masked_fill(target == ignore_index, 0)
+        else:
+            log_prob = stats.picked - stats.lse
         return cls(
-            log_prob=shaped((stats.picked - stats.lse).to(dtype)),
+            log_prob=shaped(log_prob.to(dtype)),
             lse=shaped((stats.top + stats.lse).to(dtype)),
             entropy=None if stats.entropy is None else shaped(stats.entropy.to(dtype)),
             prediction=None if stats.argmax is None else shaped(stats.argmax),
@@ -204,10 +230,11 @@ def token_stats(
 
     Args:
         input: logits of shape `(C)`, `(N, C)`, `(N, C, d1, ...)` or `(..., C)`, of any floating dtype.
-        target: class indices of `input`'s shape without the class dimension, of any integer dtype.
+        target: class indices of `input`'s shape without the class dimension, of any integer dtype; or with K of them
+            in its place, `(N, K, d1, ...)` or `(..., K)`: then log_prob has K numbers for each position.
         dim: the class dimension. None finds it from the shapes, and refuses where two readings fit.
         ignore_index: a position with this target is not read: its log_prob, lse and entropy are 0, its prediction -1,
-            its gradient 0.
+            its gradient 0. Of K indices, one that is ignored has a log_prob of 0.
         softcap: :math:`z = \kappa \tanh(x / \kappa)`.
         logit_scale: multiplies the logits, before the softcap.
         entropy: whether to compute the entropy.
@@ -215,7 +242,8 @@ def token_stats(
         group: the ranks over which the classes are spread, as in :func:`cross_entropy`.
 
     Returns:
-        TokenStats(log_prob, lse, entropy, prediction), each of the target's shape, float32 (float64 for float64
+        TokenStats(log_prob, lse, entropy, prediction), each with one number per position (log_prob with K, in the
+        target's shape, where the target has K indices), float32 (float64 for float64
         logits; the prediction int64); entropy and prediction are None unless asked for.
 
     Raises:
@@ -243,7 +271,7 @@ def token_stats(
     with report_failure_to_ranks(group, input):
         options.check_ignore_index(ignore_index)
         options.check_transform(logit_scale, softcap)
-        layout, y, soft = rows.read_batch(input, target, dim, ignore_index)
+        layout, y, soft = rows.read_batch(input, target, dim, ignore_index, rows.holds_candidates(input, target))
         if soft:
             raise ValueError(
                 f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
@@ -253,4 +281,6 @@ def token_stats(
         stats = row_stats(input, y, layout, spec, wanted)
     else:
         stats, _ = rank_stats(input, y, None, group, layout, spec, wanted)
-    return TokenStats._of(stats, compute_dtype(input), lambda numbers: layout.shaped(numbers, input.shape))
+    return TokenStats._of(
+        stats, y, ignore_index, compute_dtype(input), lambda numbers: layout.shaped(numbers, input.shape)
+    )

@@ -226,4 +226,4 @@ def linear_token_stats(
         stats = head_stats(rows.hidden, weight, bias, y, None, head)
     else:
         stats, _ = rank_head_stats(rows.hidden, weight, bias, y, None, head, group)
-    return TokenStats._of(stats, head.weight_dtype, rows.shaped)
+    return TokenStats._of(stats, y[None], ignore_index, head.weight_dtype, rows.shaped)

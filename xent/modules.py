@@ -23,7 +23,7 @@ def _options(function: Callable[..., Tensor], *others: str) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others)
 
 
-OPTIONS = _options(cross_entropy)
+OPTIONS = _options(cross_entropy, "target_prob")
 LINEAR_OPTIONS = _options(linear_cross_entropy, "weight", "linear_bias")
 
 
@@ -85,10 +85,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         for name, value in given.items():
             setattr(self, name, value)
 
-    def forward(self, input: Float[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(
+        self,
+        input: Float[Tensor, "..."],
+        target: Shaped[Tensor, "..."],
+        target_prob: Float[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "..."]:
         """The loss of a batch; see :func:`xent.cross_entropy`."""
         options = {name: getattr(self, name) for name in OPTIONS}
-        return cross_entropy(input, target, self.weight, **options)
+        return cross_entropy(input, target, self.weight, target_prob=target_prob, **options)
 
 
 class LinearCrossEntropyLoss(nn.Module):

@@ -112,6 +112,7 @@ FLOW = [  # a file imports only from lines below its own
     {"_rows.functions"},
     {"_rows.derivatives", "_rows.operators", "_rows.objective"},
     {"_rows.dispatch"},
+    {"_rows.candidates"},
     {"_inputs.head"},
     {"_inputs.rows", "_inputs.options"},
     {"_backends"},

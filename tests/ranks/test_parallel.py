@@ -102,6 +102,32 @@ def test_every_dtype(ranks: Ranks, dtype: torch.dtype, options: str) -> None:
     check(ranks, (20, 17), dtype, False, "parts", OPTIONS[options])
 
 
+def candidates(group: ProcessGroup, sizes: Sizes, weighted: bool) -> None:
+    x, y = inputs(torch.float64, soft=False)
+    generator = torch.Generator().manual_seed(5)
+    several = torch.cat([y[:, None], torch.randint(C, (len(y), 3), generator=generator), y[:, None]], 1)
+    several[7] = several[2, 1] = -100
+    q = torch.rand(several.shape, generator=generator).double().requires_grad_()
+    weight, options = class_weights() if weighted else None, OPTIONS["everything"] | {"reduction": "mean"}
+    answers = []
+    for held in (x, part(x, sizes, group.rank())):
+        leaf = held.detach().requires_grad_()
+        over = {"group": group} if held is not x else {}
+        loss = xent.cross_entropy(leaf, several, weight, target_prob=q, dim=1, **options, **over)
+        stats = xent.token_stats(leaf, several, dim=1, entropy=True, **over)
+        total = loss + stats.log_prob.square().sum() + stats.entropy.sum()  # type: ignore[union-attr]
+        dx, dq = torch.autograd.grad(total, [leaf, q])
+        answers.append((loss, stats.log_prob, dx if over else part(dx, sizes, group.rank()), dq))
+    for alone, of_ranks in zip(*answers, strict=True):
+        torch.testing.assert_close(of_ranks, alone, rtol=1e-11, atol=1e-13)
+
+
+@layouts
+@pytest.mark.parametrize("weighted", [False, True])
+def test_candidates(ranks: Ranks, sizes: Sizes, weighted: bool) -> None:
+    ranks.run(candidates, len(sizes), sizes, weighted)
+
+
 def on_backend(group: ProcessGroup, name: str, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     before, _primitives.FORCED_BACKEND = _primitives.FORCED_BACKEND, name
     try:

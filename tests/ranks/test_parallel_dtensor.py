@@ -168,6 +168,14 @@ def tokens(group: ProcessGroup, placements: Placements) -> None:
     (-stats.log_prob.sum()).backward()
     assert logits.grad is not None
     assert logits.grad.placements == placements
+    several = torch.stack([y, y.flip(0)], 1)  # K classes per position lie where the logits have theirs
+    at = tuple(R if p == S(1) else p for p in placements)
+    target, q = (distribute_tensor(t, mesh, at, src_data_rank=None) for t in (several, several.abs().double()))
+    found = xent.token_stats(logits, target, dim=1)
+    assert [stat.placements for stat in found[:2]] == [at, without(placements, 1)]
+    torch.testing.assert_close(found.log_prob.full_tensor(), xent.token_stats(x, several, dim=1).log_prob)
+    loss = xent.cross_entropy(logits, target, dim=1, target_prob=q)
+    torch.testing.assert_close(loss.full_tensor(), xent.cross_entropy(x, several, dim=1, target_prob=q.full_tensor()))
 
 
 @pytest.mark.parametrize("placements", [(S(1),), (S(0), S(1))], ids=str)

@@ -174,7 +174,7 @@ def stats_backward(
         )
     with torch.no_grad():
         g = options.wanted.unpack(grads, target.is_floating_point())
-        upstream = upstream_of(g, lse, entropy)
+        upstream = upstream_of(g, lse, entropy, target[None])
         rows, rest = (hidden, weight, bias, target, top, lse), (g.mass, class_weight)
         if _torch.is_traced(*rows, *upstream, *rest):
             found = torch.ops.xent.head_gradients(*rows, *upstream, *rest, *flatten(options), list(needs))
@@ -234,7 +234,7 @@ def _empty_loss(h: Tensor, W: Tensor, b: Tensor | None, y: Tensor, factor: Tenso
 
 
 def _empty_statistics(h: Tensor, W: Tensor, b: Any, y: Tensor, w: Any, *flat: Any) -> list[Tensor]:
-    return options_of(flat).wanted.empty(h[None], y.is_floating_point())
+    return options_of(flat).wanted.empty(h[None], y[None])
 
 
 _LOSS = f"({ROWS}, Tensor factor, Tensor? class_weight, {OPTIONS}, bool[] needs) -> Tensor[]"

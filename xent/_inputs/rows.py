@@ -28,12 +28,22 @@ class Batch(NamedTuple):
     """A batch as the primitives read it."""
 
     layout: Layout
-    target: Tensor  #  (A, B) int64 or int32, or (A, B, C) probabilities
+    target: Tensor  #  (A, B) or (A, B, K) int64 or int32, or (A, B, C) probabilities
     soft: bool
 
 
-def read_batch(input: Tensor, target: Tensor, dim: int | None, ignore_index: int, inplace: bool = False) -> Batch:
-    """Check input and target against each other and find their rows; `inplace` allows no copy of the logits."""
+def read_batch(
+    input: Tensor,
+    target: Tensor,
+    dim: int | None,
+    ignore_index: int,
+    candidates: bool = False,
+    inplace: bool = False,
+) -> Batch:
+    """Check input and target against each other and find their rows; `inplace` allows no copy of the logits.
+
+    `candidates`: the target has K indices in the place of the classes.
+    """
     for name, tensor in (("input", input), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -44,13 +54,13 @@ def read_batch(input: Tensor, target: Tensor, dim: int | None, ignore_index: int
     shape, strides = input.shape, input.stride()
     if not shape:
         raise ValueError("input: expected at least one dimension, the classes, got a 0-d tensor")
-    soft = shape == target.shape
+    soft = shape == target.shape and not candidates
     if soft:
         check_probabilities(target, ignore_index)
     else:
         target = as_index(target, ignore_index)
 
-    axis = class_dim(shape, target.shape, dim)
+    axis = class_dim(shape, target.shape, dim, candidates)
     positions = shape[:axis] + shape[axis + 1 :]
     A, B, apart = _split(positions, strides[:axis] + strides[axis + 1 :])
     if inplace and not (apart and elements_are_apart(input)):
@@ -59,7 +69,7 @@ def read_batch(input: Tensor, target: Tensor, dim: int | None, ignore_index: int
             f"{strides} for shape {tuple(shape)}, classes in dimension {axis}: the gradient cannot be written over them"
         )
     layout = Layout(axis, A, B)
-    return Batch(layout, layout.rows(target) if soft else target.reshape(A, B), soft)
+    return Batch(layout, layout.rows(target) if soft or candidates else target.reshape(A, B), soft)
 
 
 def _split(positions: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, bool]:
@@ -86,12 +96,34 @@ def result_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def holds_candidates(input: Tensor, target: Tensor) -> bool:
+    """Whether the target has one dimension more than one index per position would have."""
+    tensors = isinstance(input, Tensor) and isinstance(target, Tensor)
+    return tensors and target.dim() == input.dim() and not target.is_floating_point()
+
+
+def check_target_prob(target_prob: Tensor, target: Tensor) -> None:
+    """One probability for each of the K indices of a position."""
+    if not isinstance(target_prob, Tensor):
+        raise TypeError(f"target_prob: expected a Tensor or None, got {type(target_prob).__name__}")
+    if not target_prob.is_floating_point():
+        raise RuntimeError(f"target_prob: expected a floating dtype, got {target_prob.dtype}")
+    if target_prob.shape != target.shape:
+        raise ValueError(
+            f"target_prob: expected the shape of target, {tuple(target.shape)}, got {tuple(target_prob.shape)}"
+        )
+    if target_prob.device != target.device:
+        raise RuntimeError(
+            f"target_prob: expected a tensor on {target.device} like target, got one on {target_prob.device}"
+        )
+
+
 def check_probabilities(target: Tensor, ignore_index: int) -> None:
     """A target distribution is floating, and no row of it is ignored."""
     if not target.is_floating_point():
         raise RuntimeError(
             f"target: has the shape of the logits, {tuple(target.shape)}, so it must hold probabilities of a floating "
-            f"dtype, got {target.dtype}; class indices come without the class dimension"
+            f"dtype, got {target.dtype}; class indices come without the class dimension, or with target_prob"
         )
     if ignore_index >= 0:
         raise ValueError(f"ignore_index: has no meaning for probability targets, got {ignore_index}")
@@ -107,7 +139,7 @@ def as_index(target: Tensor, ignore_index: int) -> Tensor:
     return target.long()
 
 
-def class_dim(input: torch.Size, target: torch.Size, dim: int | None) -> int:
+def class_dim(input: torch.Size, target: torch.Size, dim: int | None, candidates: bool = False) -> int:
     """The class dimension: given, or the only one that fits both shapes."""
     last = len(input) - 1
     if dim is not None:
@@ -120,12 +152,22 @@ def class_dim(input: torch.Size, target: torch.Size, dim: int | None) -> int:
         axes: tuple[int, ...] = (dim % len(input),)
     else:
         axes = (1, last) if last > 1 else (last,)
-    readings = [axis for axis in axes if target in (_without(input, axis), input)]
+    if candidates:
+        readings = [
+            axis
+            for axis in axes
+            if len(target) > last and target == (*input[:axis], target[axis] or 1, *input[axis + 1 :])
+        ]
+    else:
+        readings = [axis for axis in axes if target in (_without(input, axis), input)]
     if len(readings) == 1:
         return readings[0]
     shapes = _pair(input, target)
     if not readings:
         choices = " or ".join(str(tuple(_without(input, axis))) for axis in axes)
+        if candidates:
+            K = " or ".join(str((*input[:axis], "K", *input[axis + 1 :])).replace("'", "") for axis in axes)
+            raise ValueError(f"target: expected shape {K} for K >= 1 class indices per position, got {shapes}")
         raise ValueError(
             f"target: expected shape {choices} for indices, or that of input for probabilities, got {shapes}"
         )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Stats, Wanted
+from .._records import Stats, Wanted, has_candidates
 from .._rows.objective import ClassTerms
 from .exchange import exchange
 
@@ -32,6 +32,7 @@ class Gathered(NamedTuple):
     """What each rank knows after the exchange. Differentiable: `numbers`, of which this rank made its own row."""
 
     numbers: Tensor  #      (R, k, A, B): each rank's statistics, packed; behind them w_y where there is a class weight
+    #                       (picked and w_y of K candidates are K of these)
     ranks: Tensor  #        (R, 2): how many classes a rank holds, and the sum of their weights
     part: Tensor | None  #  (C,): the weights of the classes held here, for probabilities or wsum
 
@@ -48,11 +49,12 @@ class Gathered(NamedTuple):
         self, rank: int, g: Tensor, target: Tensor, ignore_index: int, C: int, wanted: Wanted
     ) -> tuple[Tensor, Stats, Sequence[Tensor]]:
         """For the gradient of a rank with C classes: its target, its own statistics, and what flows back to these."""
-        soft = target.is_floating_point()
-        count, start = wanted.count(soft), self.ranks[:rank, 0].sum().long()
-        own, flowing = wanted.unpack(self.numbers[rank, :count].unbind(0), soft), g[rank, :count].unbind(0)
-        own = own._replace(lse=_finite_lse(own.lse, flowing[1]))
-        return target if soft else _local_target(target, start, C, ignore_index), own, flowing
+        start = self.ranks[:rank, 0].sum().long()
+        own, _ = _split(self.numbers[rank].unbind(0), target, wanted)
+        flowing, _ = _split(g[rank].unbind(0), target, wanted)
+        own = own._replace(lse=_finite_lse(own.lse, flowing.lse))
+        y = target if target.is_floating_point() else _local_target(target, start, C, ignore_index)
+        return y, own, flowing.pack()
 
 
 def gather(
@@ -84,15 +86,17 @@ def gather(
         if part is not None and not soft:
             vectors.append(_row_weights(part, target, start, ignored))
         total_weight = torch.full((), C, device=target.device) if part is None else part.sum(dtype=torch.float64)
-        return [vector.flatten() for vector in (*vectors, total_weight.double())]
+        return [
+            vector.movedim(-1, 0).flatten() if vector.dim() == 3 else vector.flatten()
+            for vector in (*vectors, total_weight.double())
+        ]
 
     asked = [name for name, yes in zip(("wsum", "entropy", "prediction"), wanted, strict=True) if yes]
     note = f"{note}, {'probabilities' if soft else 'class indices'}, {asked + ['weight'] * (weight is not None)}"
     gathered, sizes = exchange(_torch.process_group(group), C, note, target.device, compute)
 
-    shape = target.shape[:-1] if soft else target.shape
-    count = wanted.count(soft) + (weight is not None and not soft)
-    numbers = gathered[:, :-1].clone(memory_format=torch.contiguous_format).view(len(sizes), count, *shape)
+    shape = (len(sizes), _count(target, weight is not None, wanted), *target.shape[:2])
+    numbers = gathered[:, :-1].clone(memory_format=torch.contiguous_format).view(shape)
     ranks = torch.stack([gathered.new_tensor(sizes), gathered[:, -1]], 1)
     return Gathered(numbers, ranks, parts[0] if parts else None)
 
@@ -101,25 +105,37 @@ def empty_gathered(
     target: Tensor, held: tuple[int, torch.dtype], weighted: bool, ranks: int, wanted: Wanted
 ) -> list[Tensor]:
     """`Gathered` without numbers, packed: what a fake operator returns."""
-    soft = target.is_floating_point()
-    shape = target.shape[:-1] if soft else target.shape
-    count, (C, dtype) = wanted.count(soft) + (weighted and not soft), held
+    soft, (C, dtype), count = target.is_floating_point(), held, _count(target, weighted, wanted)
     part = [target.new_empty(C, dtype=dtype)] if weighted and (soft or wanted.wsum) else []
-    numbers = target.new_empty(ranks, count, *shape, dtype=torch.float64)
+    numbers = target.new_empty(ranks, count, *target.shape[:2], dtype=torch.float64)
     return [numbers, target.new_empty(ranks, 2, dtype=torch.float64), *part]
+
+
+def _count(target: Tensor, weighted: bool, wanted: Wanted) -> int:
+    """How many numbers per row are gathered."""
+    soft, K = target.is_floating_point(), target.shape[2] if has_candidates(target) else 1
+    return wanted.count(soft) + K - 1 + K * (weighted and not soft)
 
 
 def combine(
     gathered: Gathered, target: Tensor, ignored: Tensor | None, weighted: bool, wanted: Wanted
 ) -> tuple[Stats, ClassTerms]:
     """Over all classes: the statistics of the rows, and what the formula of the loss needs besides."""
-    soft = target.is_floating_point()
-    vectors, row_weight = list(gathered.numbers.unbind(1)), None
-    if weighted and not soft:
-        row_weight = vectors.pop().detach().sum(0)
+    parts, row_weight = _split(gathered.numbers.unbind(1), target, wanted)
     sizes, weights = gathered.ranks.unbind(1)
-    stats = _over_ranks(wanted.unpack(vectors, soft), target, ignored, sizes, weights)
-    return stats, ClassTerms(sizes.sum(), weights.sum(), row_weight)
+    stats = _over_ranks(parts, target, ignored, sizes, weights)
+    return stats, ClassTerms(sizes.sum(), weights.sum(), None if row_weight is None else row_weight.detach().sum(0))
+
+
+def _split(numbers: Sequence[Tensor], target: Tensor, wanted: Wanted) -> tuple[Stats, Tensor | None]:
+    """The statistics, and the weights of the targets if there are any: of K candidates K numbers are one."""
+    several, soft = has_candidates(target), target.is_floating_point()
+    K = target.shape[2] if several else 1
+    top, lse, *rest = numbers
+    left = wanted.count(soft) - 3
+    picked, others, weights = rest[:K], rest[K : K + left], rest[K + left :]
+    of_targets = [torch.stack(part, -1) if several else part[0] for part in (picked, weights) if len(part)]
+    return wanted.unpack([top, lse, of_targets[0], *others], soft), of_targets[1] if len(of_targets) > 1 else None
 
 
 def _over_ranks(parts: Stats, target: Tensor, ignored: Tensor | None, sizes: Tensor, weights: Tensor) -> Stats:
@@ -133,10 +149,10 @@ def _over_ranks(parts: Stats, target: Tensor, ignored: Tensor | None, sizes: Ten
     lse = lses.logsumexp(0)
     mass, per_rank = parts.mass, (-1,) + (1,) * top.dim()
     if mass is None:
-        ends = sizes.cumsum(0).view(per_rank)
-        mass = ((target >= ends - sizes.view(per_rank)) & (target < ends)).to(d.dtype)
+        ends, begins = (end.view((-1,) + (1,) * target.dim()) for end in (sizes.cumsum(0), sizes.cumsum(0) - sizes))
+        mass = ((target >= begins) & (target < ends)).to(d.dtype)
         mass = mass if ignored is None else mass.masked_fill(ignored, 0)
-    picked = (parts.picked + mass * d).sum(0)
+    picked = (parts.picked + mass * (d[..., None] if mass.dim() > d.dim() else d)).sum(0)
     wsum = None if parts.wsum is None else (parts.wsum + weights.view(per_rank) * d).sum(0)
     entropy = argmax = None
     if parts.entropy is not None:
@@ -154,7 +170,12 @@ def _over_ranks(parts: Stats, target: Tensor, ignored: Tensor | None, sizes: Ten
     found = Stats(top, lse, picked, None if parts.mass is None else parts.mass.sum(0), wsum, entropy, argmax)
     if ignored is None:
         return found
-    return Stats(*[None if x is None else x.masked_fill(ignored, -1 if x is argmax else 0) for x in found])  # type: ignore[arg-type]
+    rows = ignored.all(2) if ignored.dim() == 3 else ignored
+
+    def masked(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.masked_fill(ignored if x is picked else rows, -1 if x is argmax else 0)
+
+    return Stats(*map(masked, found))  # type: ignore[arg-type]
 
 
 def _local_target(target: Tensor, start: Tensor, C: int, ignore_index: int) -> Tensor:

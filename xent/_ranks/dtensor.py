@@ -81,10 +81,11 @@ class Places:
         self.batch = [i for i, p in enumerate(logits) if p.is_shard() and i not in classes]
         self.replicate = (Replicate(),) * len(logits)
         self.classes = tuple(Shard(0) if i in classes else Replicate() for i in range(len(logits)))
-        per_row, scalar = list(self.replicate), list(self.replicate)
+        per_row, scalar, several = list(self.replicate), list(self.replicate), list(self.replicate)
         for i in self.batch:
             per_row[i], scalar[i] = Shard(logits[i].dim - (logits[i].dim > axis)), Partial()  # type: ignore[attr-defined, call-overload]
-        self.per_row, self.scalar = tuple(per_row), tuple(scalar)
+            several[i] = logits[i]  # type: ignore[call-overload]
+        self.per_row, self.scalar, self.candidates = tuple(per_row), tuple(scalar), tuple(several)
 
     def part(self, name: str, x: Any, expected: Placements, grad: Placements | None = None) -> Any:
         """This rank's part of a tensor; of what is whole on each rank, without communication."""
@@ -118,24 +119,34 @@ class Places:
             return None
         if not isinstance(found, Tensor):
             return type(found)(*map(self.whole, found))
-        shape = self.shape[: self.axis] + self.shape[self.axis + 1 :] if found.dim() else torch.Size()
+        shape, places = torch.Size(), self.scalar
+        if found.dim() == len(self.shape):
+            K = found.shape[self.axis : self.axis + 1]
+            shape, places = self.shape[: self.axis] + K + self.shape[self.axis + 1 :], self.candidates
+        elif found.dim():
+            shape, places = self.shape[: self.axis] + self.shape[self.axis + 1 :], self.per_row
         return DTensor.from_local(
             found,
             self.mesh,
-            self.per_row if found.dim() else self.scalar,
+            places,
             run_check=False,
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),
         )
 
-    def add_divisor(self, options: dict[str, Any], y: Tensor, positions: int, weight: Any) -> None:
-        """The normalizer as a plain tensor; where this rank has a part of the batch, that of the whole."""
+    def add_divisor(
+        self, options: dict[str, Any], y: Tensor, positions: int, weight: Any, candidates: int | None = None
+    ) -> None:
+        """The normalizer as a plain tensor; where this rank has a part of the batch, that of the whole.
+
+        `candidates`: the dimension of the K indices of a position.
+        """
         given: Any = options.get("normalizer")
         if _is_dtensor(given):
             options["normalizer"] = given.full_tensor(grad_placements=self.scalar)
         elif self.batch and options.get("reduction") == "mean" and given is None:
             groups = [self.mesh.get_group(i) for i in self.batch]
-            options["normalizer"] = _divisor(y, positions, weight, groups, options)
+            options["normalizer"] = _divisor(y, positions, weight, groups, options, candidates)
 
 
 def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **options: Any) -> Any:
@@ -147,14 +158,20 @@ def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **option
             "inplace_backward: expected plain logits: a DTensor does not see that its part on this rank is written "
             "over, so that a second use of it would be wrong in silence; pass input.to_local() and group="
         )
-    axis = options["dim"] = class_dim(input.shape, target.shape, options.get("dim"))
+    several = target.dim() == input.dim() and not target.is_floating_point()
+    axis = options["dim"] = class_dim(input.shape, target.shape, options.get("dim"), several)
     places = Places(input.device_mesh, input.placements, input.shape, axis)
-    soft = target.shape == input.shape
+    soft = target.shape == input.shape and not several
     x = input.to_local(grad_placements=places.logits)
-    y = places.part("target", target, places.logits if soft else places.per_row)
+    of_target = places.logits if soft else places.candidates if several else places.per_row
+    y = places.part("target", target, of_target)
+    if (q := options.get("target_prob")) is not None:
+        options["target_prob"] = places.part("target_prob", q, of_target)
     if (weight := options.get("weight")) is not None:
         options["weight"] = places.class_weight(weight)
-    places.add_divisor(options, y, x.shape[:axis].numel() * x.shape[axis + 1 :].numel(), weight)
+    places.add_divisor(
+        options, y, x.shape[:axis].numel() * x.shape[axis + 1 :].numel(), weight, axis if several else None
+    )
     return places.whole(function(x, y, **options, group=places.group))
 
 
@@ -201,7 +218,9 @@ def on_head(
     return places.whole(function(h, W, y, **options, group=places.group))
 
 
-def _divisor(y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup], options: Any) -> Tensor:
+def _divisor(
+    y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup], options: Any, candidates: int | None
+) -> Tensor:
     """What the mean over the whole batch divides by. Targets out of range are found later, by all ranks alike."""
     dtype = statistics_dtype(y.device)
     if y.is_floating_point():
@@ -210,8 +229,8 @@ def _divisor(y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup],
         given = options.get("ignore_index")
         ignore_index = -100 if given is None else given
         counts = as_index(y, ignore_index) != ignore_index
-        total = count = counts.sum()
-        if weight is not None:
+        total = count = counts.sum() if candidates is None else counts.any(candidates).sum()
+        if candidates is None and weight is not None:
             w = weight.full_tensor() if _is_dtensor(weight) else weight
             total = w.to(dtype)[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
     numbers = torch.stack([total.to(dtype), count.to(dtype)])

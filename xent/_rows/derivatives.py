@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._backends import blocks, rows_of_block, scores, slope
-from .._records import RowSpec, Stats, Upstream, compute_dtype
+from .._records import RowSpec, Stats, Upstream, compute_dtype, rows_that_count
 
 CACHE_BYTES = 256 << 10  # of each term: they stay in a second-level cache
 
@@ -46,10 +46,12 @@ class RowTerms:
         self.z = scores(logits, spec.scale, spec.softcap)
         self.q: Tensor | None = target if target.is_floating_point() else None
         self.counts: Tensor | None = None
+        self.single = target.dim() == 2
         if self.q is None:
-            self.counts = (target != spec.ignore_index)[..., None]
-            local, C = (target.long() - spec.start)[..., None], logits.shape[-1]
-            self.here = (local >= 0) & (local < C) & self.counts
+            y = target[..., None] if self.single else target
+            self.counts = rows_that_count(target, spec.ignore_index)[..., None]
+            local, C = y.long() - spec.start, logits.shape[-1]
+            self.here = (local >= 0) & (local < C) & (y != spec.ignore_index)
             self.y = local.clamp(0, C - 1)
         self.z = self.mask(self.z)
         self.z1 = slope(self.z, spec.scale, spec.softcap)
@@ -70,17 +72,19 @@ class RowTerms:
         return terms.sum(-1, dtype=self.sum_dtype)
 
     def pick(self, terms: Tensor) -> Tensor:
-        """sum_c t_c terms_c."""
+        """sum_c t_c terms_c, for each candidate."""
         if self.q is not None:
             return self.sum(self.q * self.w * terms)
-        return torch.where(self.here, terms.gather(-1, self.y), 0)[..., 0].to(self.sum_dtype)
+        picked = torch.where(self.here, terms.gather(-1, self.y), 0).to(self.sum_dtype)
+        return picked[..., 0] if self.single else picked
 
     def place(self, terms: Tensor, row_numbers: Tensor) -> Tensor:
-        """terms_c + row_number * t_c."""
+        """terms_c + row_number * t_c, of all candidates."""
         if self.q is not None:
             placed: Tensor = terms + self.column(row_numbers) * self.q * self.w
             return placed
-        return terms.scatter_add(-1, self.y, torch.where(self.here, self.column(row_numbers), 0))
+        numbers = self.column(row_numbers) if self.single else row_numbers.to(self.dtype)
+        return terms.scatter_add(-1, self.y, torch.where(self.here, numbers, 0))
 
 
 def stats_jvp(rows: RowTerms, dx: Tensor | None, dq: Tensor | None, dw: Tensor | None, entropy: Tensor | None) -> Stats:
@@ -188,7 +192,8 @@ def gradient_vjp_by_blocks(tensors: tuple[Any, ...], spec: RowSpec, v: Tensor) -
                 found[i] = grad if found[i] is None else found[i] + grad
                 continue
             if found[i] is None:
-                found[i] = torch.empty_like(v, dtype=grad.dtype) if grad.dim() == 3 else grad.new_empty(A, B)
+                whole = grad.shape[2:] == v.shape[2:]
+                found[i] = torch.empty_like(v, dtype=grad.dtype) if whole else grad.new_empty(A, B, *grad.shape[2:])
             found[i][rows] = grad
     return found
 

@@ -36,7 +36,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._backends import check_range
-from .._records import RowSpec, Stats, Upstream, Wanted
+from .._records import RowSpec, Stats, Upstream, Wanted, has_candidates, rows_that_count
+from . import candidates
 
 BACKENDS = ("native", "triton", "eager")  # in order of preference
 FORCED_BACKEND = os.environ.get("XENT_BACKEND")
@@ -44,7 +45,7 @@ FORCED_BACKEND = os.environ.get("XENT_BACKEND")
 
 def row_statistics(
     logits: Float[Tensor, "A B C"],
-    target: Int[Tensor, "A B"] | Float[Tensor, "A B C"],
+    target: Int[Tensor, "A B"] | Int[Tensor, "A B K"] | Float[Tensor, "A B C"],
     spec: RowSpec,
     wanted: Wanted,
     class_weight: Float[Tensor, " C"] | None = None,
@@ -62,12 +63,15 @@ def row_statistics(
         spec = RowSpec(*spec[:4], logits.shape[2] + spec.start)
     if logits.numel() == 0:
         return _no_logits(logits, target, spec, wanted)
+    if has_candidates(target):
+        run = backend_for(logits, target[..., 0]).row_statistics
+        return candidates.row_statistics(run, logits, target, spec, wanted, class_weight)
     return backend_for(logits, target).row_statistics(logits, target, spec, wanted, class_weight)  # type: ignore[no-any-return]
 
 
 def row_gradient(
     logits: Float[Tensor, "A B C"],
-    target: Int[Tensor, "A B"] | Float[Tensor, "A B C"],
+    target: Int[Tensor, "A B"] | Int[Tensor, "A B K"] | Float[Tensor, "A B C"],
     top: Float[Tensor, "A B"],
     lse: Float[Tensor, "A B"],
     upstream: Upstream,
@@ -87,9 +91,11 @@ def row_gradient(
     """
     if logits.numel() == 0:
         return torch.empty_like(logits) if out is None else out
-    found: Tensor = backend_for(logits, target).row_gradient(
-        logits, target, top, lse, upstream, spec, class_weight, out
-    )
+    arguments = (logits, target, top, lse, upstream, spec, class_weight, out)
+    if has_candidates(target):
+        found = candidates.row_gradient(backend_for(logits, target[..., 0]).row_gradient, *arguments)
+    else:
+        found = backend_for(logits, target).row_gradient(*arguments)
     if out is not None:  # whoever saved the old values for backward finds out, as after any in-place operation
         torch.autograd.graph.increment_version(out)
     return found
@@ -98,12 +104,12 @@ def row_gradient(
 def _no_logits(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted) -> Stats:
     """No rows, or a shard without classes: an empty sum has lse = log 0. No backend needs to think of it."""
     soft = target.is_floating_point()
-    stats = wanted.unpack([part.zero_() for part in wanted.empty(logits, soft)], soft)
+    stats = wanted.unpack([part.zero_() for part in wanted.empty(logits, target)], soft)
     if soft:
         stats.lse.fill_(-torch.inf)
     else:
         check_range(target, spec.classes or 0, spec.ignore_index)
-        stats.lse.masked_fill_(target != spec.ignore_index, -torch.inf)
+        stats.lse.masked_fill_(rows_that_count(target, spec.ignore_index), -torch.inf)
     return stats if stats.argmax is None else stats._replace(argmax=stats.argmax.fill_(-1))
 
 

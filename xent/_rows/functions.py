@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Layout, RowSpec, Stats, Upstream, Wanted
+from .._records import Layout, RowSpec, Stats, Upstream, Wanted, has_candidates
 from . import operators
 from .derivatives import (
     RowTerms,
@@ -160,7 +160,7 @@ def stats_backward(
     """Gradients of input, target and class weight. `saved`: unpacked once, since a checkpoint allows no more."""
     input, target, class_weight, top, lse, entropy = saved
     g = wanted.unpack(grads, target.is_floating_point())
-    upstream = upstream_of(g, lse, entropy)
+    upstream = upstream_of(g, lse, entropy, target)
     d_input = d_target = d_weight = None
     if needs[1] or needs[2]:  # of probabilities q and class weights w, which enter picked, mass and wsum linearly
         logits = layout.rows(input)
@@ -185,10 +185,12 @@ def stats_backward(
     return d_input, d_target, d_weight
 
 
-def upstream_of(g: Stats, lse: Tensor, entropy: Tensor | None) -> Upstream:
+def upstream_of(g: Stats, lse: Tensor, entropy: Tensor | None, target: Tensor) -> Upstream:
     """What `row_gradient` takes, from the gradients of the statistics, of which any may be missing."""
     g_lse = torch.zeros_like(lse) if g.lse is None else g.lse
-    g_picked = torch.zeros_like(lse) if g.picked is None else g.picked
+    g_picked = g.picked
+    if g_picked is None:
+        g_picked = lse.new_zeros(target.shape) if has_candidates(target) else torch.zeros_like(lse)
     if g.entropy is not None and entropy is not None:
         g_lse = g_lse - g.entropy * entropy  # of -p (log p + entropy), the part that is one number per row
     return Upstream(g_lse, g_picked, g.wsum, g.entropy)

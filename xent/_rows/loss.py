@@ -34,20 +34,30 @@ class LossOptions(NamedTuple):
 
 
 def loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, options: LossOptions
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    target_prob: Tensor | None,
+    options: LossOptions,
 ) -> Tensor:
-    """The loss of logits of any layout, whose target is already rows, (A, B) or (A, B, C)."""
+    """The loss of logits of any layout, whose target is already rows: (A, B), (A, B, C), or (A, B, K) with its q."""
     tensors = (input, target, weight, normalizer if isinstance(normalizer, Tensor) else None)
-    if _torch.needs_operator(*tensors) or _torch.needs_graph(*tensors):
-        return loss_by_graph(input, target, weight, normalizer, options)
+    if target_prob is not None or _torch.needs_operator(*tensors) or _torch.needs_graph(*tensors):
+        return loss_by_graph(input, target, weight, normalizer, options, target_prob)
     return _torch.apply_to_plain(Loss, input, target, weight, normalizer, options)  # type: ignore[no-any-return]
 
 
 def loss_by_graph(
-    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, options: LossOptions
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    options: LossOptions,
+    target_prob: Tensor | None = None,
 ) -> Tensor:
     """The same, differentiable any number of times in all its tensors."""
-    return _evaluate(row_stats, input, target, weight, normalizer, options)[0]
+    return _evaluate(row_stats, input, target, weight, normalizer, options, target_prob)[0]
 
 
 def _evaluate(
@@ -57,12 +67,15 @@ def _evaluate(
     weight: Tensor | None,
     normalizer: float | Tensor | None,
     options: LossOptions,
+    target_prob: Tensor | None = None,
 ) -> tuple[Tensor, Stats, ClassTerms, float | Tensor | None, Tensor | None]:
     """The loss, and what its derivative needs: the statistics, the terms of the classes, the divisor, the weights."""
     layout, spec, formula, inplace = options
     w = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
     stats = statistics(input, target, layout, spec, formula.wanted, w, inplace)
     terms = objective.class_terms(target, weight, input.shape[layout.axis], formula)
+    if target_prob is not None:
+        stats, terms = objective.of_candidates(stats, terms, target, target_prob, spec.ignore_index)
     value, divisor = objective.evaluate(stats, terms, target, normalizer, formula)
     return layout.shaped(value, input.shape), stats, terms, divisor, w
 

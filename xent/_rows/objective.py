@@ -7,7 +7,8 @@ With w the class weights, eps the label smoothing and lambda the z-loss,
     mean   = sum_n loss_n / sum_n w_y
 
 A probability target q has sum_c q_c w_c (lse_n - z_nc) = lse_n mass_n - picked_n in the place of w_y nll_n, and its
-mean divides by N. Rows that are ignored have lse = picked = wsum = 0: every term of theirs is 0 without a mask.
+mean divides by N. So has a target of K classes y_k with probabilities q_k; its mean divides by the rows that count.
+Rows that are ignored have lse = picked = wsum = 0: every term of theirs is 0 without a mask.
 
 All statistics are relative to the row's largest score, `top`, which cancels in every difference; lse^2 alone needs the
 absolute lse, top + lse.
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._records import Stats, Upstream, Wanted, statistics_dtype
+from .._records import Stats, Upstream, Wanted, rows_that_count, statistics_dtype
 
 
 class Objective(NamedTuple):
@@ -45,7 +46,7 @@ class ClassTerms(NamedTuple):
 
     classes: int | Tensor
     weight_sum: float | Tensor  #   sum_c w_c
-    row_weight: Tensor | None  #    w_y of each row; None where all are 1, and for probabilities
+    row_weight: Tensor | None  #    w_y of each row (and candidate); None where all are 1, and for probabilities
 
 
 def class_weight(weight: Tensor | None, target: Tensor, label_smoothing: float, dtype: torch.dtype) -> Tensor | None:
@@ -64,6 +65,16 @@ def class_terms(target: Tensor, weight: Tensor | None, classes: int, objective: 
     if objective.label_smoothing > 0:  # else nothing asks for it
         weight_sum = weight.sum(dtype=statistics_dtype(weight.device))
     return ClassTerms(classes, weight_sum, None if soft else row_weights(target, weight, objective.ignore_index))
+
+
+def of_candidates(
+    stats: Stats, terms: ClassTerms, target: Tensor, q: Tensor, ignore_index: int
+) -> tuple[Stats, ClassTerms]:
+    """As of a distribution with probability q_k on each of K candidates (A, B, K), and 0 on all other classes."""
+    k = q.to(stats.lse.dtype).masked_fill(target == ignore_index, 0)
+    k = k if terms.row_weight is None else k * terms.row_weight
+    picked = stats.picked.masked_fill((k == 0) & stats.picked.isinf(), 0)  # not 0 * inf
+    return stats._replace(picked=(k * picked).sum(2), mass=k.sum(2)), terms._replace(row_weight=None)
 
 
 def row_weights(target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
@@ -115,7 +126,7 @@ def divisor(
     if target.is_floating_point():
         rows = math.prod(target.shape[:-1])
         return 1 if rows == 0 and objective.on_empty == "zero" else rows
-    counts = target != objective.ignore_index
+    counts = rows_that_count(target, objective.ignore_index)
     total = torch.count_nonzero(counts) if row_weight is None else row_weight.sum()
     return total if objective.on_empty == "nan" else total + ~counts.any()
 

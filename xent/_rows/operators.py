@@ -126,7 +126,7 @@ def _statistics(input: Tensor, target: Tensor, class_weight: Tensor | None, *fla
 
 
 def _empty_statistics(input: Tensor, target: Tensor, class_weight: Tensor | None, *flat: Any) -> list[Tensor]:
-    return Wanted(*flat[8:11]).empty(input.new_empty(*flat[1:3], 0), target.is_floating_point())
+    return Wanted(*flat[8:11]).empty(input.new_empty(*flat[1:3], 0), target)
 
 
 def _run_gradient(input: Tensor, *flat: Any, out: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
     """See `xent._rows.dispatch.row_statistics`."""
     kind = _taken(logits, target)
     weight = None if class_weight is None else _class_weight(logits, class_weight)
-    stats = wanted.unpack(wanted.empty(logits, kind >= SOFT), kind >= SOFT)
+    stats = wanted.unpack(wanted.empty(logits, target), kind >= SOFT)
     bad = _native.statistics(
         *_read(logits, target, kind, spec, weight),
         spec.classes,

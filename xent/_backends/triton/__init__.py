@@ -86,7 +86,7 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
     config = replace(configure(logits, target, w, scale, softcap), **wanted._asdict())
     splits, span = share(config, N, C, processors(logits.device))
 
-    stats = wanted.unpack(wanted.empty(logits, soft), soft)
+    stats = wanted.unpack(wanted.empty(logits, target), soft)
     parts = stats.lse.new_empty(FIELDS, N, splits) if splits > 1 else None
     in_range = None if soft else stats.lse.new_ones((), dtype=torch.int32)
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]

@@ -1,0 +1,88 @@
+"""Index targets of K classes per position, (A, B, K): what is done besides a pass over the logits, K numbers per row.
+
+The pass itself is a backend's, which knows one class per row. It is given one that nobody holds, so that it picks
+nothing and corrects nothing. Here the K logits are gathered, before a gradient may be written over them, and the K
+entries of the gradient are written again, each rounded once. A row whose candidates are all ignored is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._backends import check_range, scores, slope
+from .._records import RowSpec, Stats, Upstream, Wanted, rows_that_count
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
+
+
+def row_statistics(
+    run: Callable[..., Stats],
+    logits: Tensor,
+    target: Tensor,
+    spec: RowSpec,
+    wanted: Wanted,
+    class_weight: Tensor | None,
+) -> Stats:
+    """`dispatch.row_statistics` by way of `run`, that of a backend; `picked` is (A, B, K)."""
+    check_range(target, spec.classes or 0, spec.ignore_index)
+    stats = run(logits, *_nobody(target, spec), wanted, class_weight)
+    at, here = _local(target, spec, logits.shape[2])
+    z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(stats.top.dtype)
+    return stats._replace(picked=torch.where(here, z - stats.top[..., None], 0))
+
+
+def row_gradient(
+    run: Callable[..., Tensor],
+    logits: Tensor,
+    target: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    upstream: Upstream,
+    spec: RowSpec,
+    class_weight: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`dispatch.row_gradient` by way of `run`, that of a backend; `upstream.picked` is (A, B, K)."""
+    at, here = _local(target, spec, logits.shape[2])
+    z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(lse.dtype)  # before `out` is written
+    y, given = _nobody(target, spec)
+    of_pass = upstream._replace(picked=torch.zeros_like(top[:1, :1]).expand_as(top))
+    found = run(logits, y, top, lse, of_pass, given, class_weight, out)
+
+    log_p = (z - (top + lse)[..., None]).clamp_(min=-1e4)  # p log p is 0 where p is 0
+    g = upstream.lse[..., None]
+    d = log_p.exp().mul_(g if upstream.entropy is None else g - upstream.entropy[..., None] * log_p)
+    d += _sum_of_equals(found, at, torch.where(here, upstream.picked, 0))
+    if upstream.wsum is not None:
+        d += upstream.wsum[..., None] * (1 if class_weight is None else class_weight[at])
+    d *= slope(z, spec.scale, spec.softcap)
+    d.masked_fill_(~rows_that_count(target, spec.ignore_index)[..., None], 0)
+    return found.scatter_(2, at, d.to(found.dtype))
+
+
+def _nobody(target: Tensor, spec: RowSpec) -> tuple[Tensor, RowSpec]:
+    """A target (A, B) that no shard holds, or the one to ignore; and a spec by which it is in range."""
+    classes = spec.classes or 0
+    y = classes + (classes == spec.ignore_index)
+    counts = rows_that_count(target, spec.ignore_index)
+    return torch.where(counts, y, spec.ignore_index), spec._replace(classes=classes + 2)
+
+
+def _local(target: Tensor, spec: RowSpec, C: int) -> tuple[Tensor, Tensor]:
+    """Where the candidates are among the C classes held here, and which are; the others are at 0."""
+    local = target.long() - spec.start
+    here = (local >= 0) & (local < C) & (target != spec.ignore_index)
+    return local.where(here, 0), here
+
+
+def _sum_of_equals(scratch: Tensor, at: Tensor, numbers: Tensor) -> Tensor:
+    """For each number the sum of those of its row with the same index, of which one is written to `scratch` there."""
+    scratch = scratch.view(INTEGERS[scratch.itemsize])
+    K = at.shape[2]
+    first = torch.arange(at.numel() // K, device=at.device).view(*at.shape[:2], 1) * K
+    one = torch.arange(K, device=at.device, dtype=scratch.dtype).expand_as(at)
+    one = scratch.scatter_(2, at, one).gather(2, at) + first
+    return torch.zeros_like(numbers).flatten().index_add_(0, one.flatten(), numbers.flatten())[one]
