@@ -89,6 +89,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self,
         input: Float[Tensor, "..."],
         target: Shaped[Tensor, "..."],
+        *,
         target_prob: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "..."]:
         """The loss of a batch; see :func:`xent.cross_entropy`."""

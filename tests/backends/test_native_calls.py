@@ -45,7 +45,7 @@ negated = torch.complex(x, -x).conj().imag
         (x[0], y, r"shape \(A, B, C\)"),
         (negated, y, "negated"),
         (x, y[:3], r"shape \(1, 4\)"),
-        (x, y[:, None], r"shape \(1, 4\)"),
+        (x, y[:, None, None], r"shape \(1, 4\)"),
         (x, y.short(), "int64 and int32"),
         (x, x[:, :3], r"shape of the logits \(1, 4, 5\)"),
         (x, x.to(torch.float8_e4m3fn), "probabilities in the dtypes of logits"),

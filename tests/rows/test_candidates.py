@@ -162,7 +162,7 @@ def test_token_stats() -> None:
 ONES, ZEROS = torch.ones(4, 5), torch.zeros(4, 5, dtype=torch.int64)
 SHAPE = "target: expected shape (4, K) for K >= 1 class indices per position"
 WRONG = [
-    case("no q", RuntimeError, "class indices come without the class dimension, or with target_prob", target_prob=None),
+    case("no q", RuntimeError, "class indices come without the class dimension", target_prob=None),
     case("q list", TypeError, "target_prob: expected a Tensor or None, got list", target_prob=[0.5]),
     case("q integer", RuntimeError, "target_prob: expected a floating dtype, got torch.int64", target_prob=ZEROS),
     case("q shape", ValueError, "target_prob: expected the shape of target, (4, 5), got (4,)", target_prob=ONES[:, 0]),

@@ -123,7 +123,7 @@ def check_probabilities(target: Tensor, ignore_index: int) -> None:
     if not target.is_floating_point():
         raise RuntimeError(
             f"target: has the shape of the logits, {tuple(target.shape)}, so it must hold probabilities of a floating "
-            f"dtype, got {target.dtype}; class indices come without the class dimension, or with target_prob"
+            f"dtype, got {target.dtype}; class indices come without the class dimension"
         )
     if ignore_index >= 0:
         raise ValueError(f"ignore_index: has no meaning for probability targets, got {ignore_index}")

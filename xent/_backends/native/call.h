@@ -56,6 +56,8 @@ struct Call {
     const char *zeros_begin, *zeros_end;  // the part of `out` that holds zeros as it is
     bool scattered;                       // so few rows of it count that small pages take less time than huge ones
 
+    bool by_blocks;  // of rows, class by class, and not row by row
+
     // A task is a block of rows, or where there are few rows, one of the `parts` of a row.
     int64_t rows_per_task, parts, classes_per_task;
     Found* found;  // (N, parts), where parts > 1
@@ -104,13 +106,12 @@ inline void merge(Found& f, Found later) {
     f.weights += later.weights;
 }
 
-inline void finish(const Call& c, int64_t row, Found f) {
+inline void finish(const Call& c, int64_t row, Found f, double log_sum) {
     const bool ignored = c.ignored(row);
     if (ignored) {
         f = Found();
-        f.max = 0, f.sum = 1, f.argmax = -1;  // lse = log 1
+        f.max = 0, f.sum = 1, f.argmax = -1, log_sum = 0;
     }
-    const double log_sum = std::log(f.sum);
     const double top = std::isfinite(f.max) ? f.max : 0;
     if (!c.soft()) {
         const int64_t y = c.y(row) - c.start;
@@ -125,9 +126,9 @@ inline void finish(const Call& c, int64_t row, Found f) {
     if (c.argmax) c.argmax[row] = f.argmax;
 }
 
-inline void keep(const Call& c, int64_t task, int64_t row, const Found& found) {
+inline void keep(const Call& c, int64_t task, int64_t row, const Found& found, double log_sum) {
     if (c.parts == 1)
-        finish(c, row, found);
+        finish(c, row, found, log_sum);
     else
         c.found[task] = found;
 }

@@ -7,21 +7,9 @@ constexpr int LANES = 16;  // of the widest vectors
 
 INLINE int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
-// Some classes of some rows, to where the rows are CHUNK numbers apart, and back.
 template <class T>
-LOOP void gather(const Matrix& x, int64_t row, int rows, int64_t at, int n, T* tile) {
-    const T* first[TILE];
-    for (int k = 0; k < rows; ++k) first[k] = x.at<T>(row + k, at);
-    for (int i = 0; i < n; ++i)
-        for (int k = 0; k < rows; ++k) tile[k * CHUNK + i] = first[k][i * x.class_stride];
-}
-
-template <class T>
-LOOP void scatter(const T* tile, int64_t row, int rows, int64_t at, int n, const Matrix& out) {
-    T* first[TILE];
-    for (int k = 0; k < rows; ++k) first[k] = out.at<T>(row + k, at);
-    for (int i = 0; i < n; ++i)
-        for (int k = 0; k < rows; ++k) first[k][i * out.class_stride] = tile[k * CHUNK + i];
+LOOP void gather(const T* x, int64_t stride, int n, T* out) {
+    for (int i = 0; i < n; ++i) out[i] = x[i * stride];
 }
 
 template <class T, class F>

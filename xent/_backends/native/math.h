@@ -1,6 +1,7 @@
 // Arithmetic on one number, without branches, tables or intrinsics, so that the compiler turns a loop over it into
 // whatever SIMD the machine has: exp and tanh, and the two 16-bit formats to and from float32.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -72,6 +73,28 @@ INLINE F exponential(F t) {
     const Exp<F> e = exp_parts(t);
     const F value = (e.h * e.r + 1) * e.scale;
     return t < LOWEST<F> ? 0 : value;
+}
+
+// log x = k ln 2 + log m with x = 2^k m and m in [sqrt(1/2), sqrt(2)); log m = 2 artanh(s), s = (m - 1) / (m + 1), by its
+// series. Within 2 ulp; NaN, inf and x <= 0 as std::log has them, but for subnormal numbers, which no sum here is.
+INLINE double logarithm(double x) {
+    const uint64_t shifted = bits<uint64_t>(x) - bits<uint64_t>(0.70710678118654752);
+    const double k = double(int64_t(shifted) >> 52);
+    const double m = bits<double>((shifted & 0xfffffffffffff) + bits<uint64_t>(0.70710678118654752));
+    const double s = (m - 1) / (m + 1), v = s * s;
+    double h = 1.0 / 21;
+    h = h * v + 1.0 / 19;
+    h = h * v + 1.0 / 17;
+    h = h * v + 1.0 / 15;
+    h = h * v + 1.0 / 13;
+    h = h * v + 1.0 / 11;
+    h = h * v + 1.0 / 9;
+    h = h * v + 1.0 / 7;
+    h = h * v + 1.0 / 5;
+    h = h * v + 1.0 / 3;
+    const double value = k * 6.93147180369123816490e-01 + (2 * s + (2 * s * v * h + k * 1.90821492927058770002e-10));
+    const double special = x == 0 ? -INFINITY : x < 0 ? NAN : x;
+    return x > 0 && x < INFINITY ? value : special;
 }
 
 // tanh |u| = -m / (2 + m) with m = e^(-2|u|) - 1, which keeps all its digits where u is small.

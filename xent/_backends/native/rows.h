@@ -10,12 +10,13 @@
 
 constexpr int CHUNK = 512;
 constexpr int AHEAD = 8192;  // bytes
-constexpr int TILE = 16;  // rows: as many float32 numbers as a line of memory holds
 
 template <class T>
 using Compute = decltype(widen(T{}));
 
 #include "loops.h"
+#include "lanes.h"
+#include "blocks.h"
 
 // ------------------------------------------------------------------------------------------------- chunks
 
@@ -47,7 +48,7 @@ INLINE const F* converted(const Matrix& x, int64_t row, int64_t at, int n, F* bu
         if (x.class_stride == 1) return t;
     }
     if (x.class_stride != 1) {
-        gather(x, row, 1, at, n, t_buffer);
+        gather(t, x.class_stride, n, t_buffer);
         t = t_buffer;
     }
     convert(t, n, F(1), buffer);
@@ -108,7 +109,7 @@ INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int 
 }
 
 template <class T, class F>
-INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F top, F a, F h) {
+INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, const Factors<F>& of) {
     F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
     const T* x = c.logits.at<T>(row, at);
     const char* logits = reinterpret_cast<const char*>(x);
@@ -117,23 +118,17 @@ INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, F top,
     T* out = c.out.at<T>(row, at);
     F* d = d_buffer;
     if constexpr (std::is_same_v<T, F>) d = out;
-    const int64_t y = c.soft() ? -1 : c.y(row) - c.start - at;
-    const bool here = 0 <= y && y < n;
-    const double z_y = here ? z[y] : 0;  // read before d, which may lie over z, is written
+    int64_t where = -1;
+    double value;
+    if (!c.soft() && target_is_among(c, row, at, n))  // before d, which may lie over z
+        entries_of_targets(c, Lanes<const F>{z, 1}, row, 1, at, n, of, &where, &value);
 
-    if (c.g_entropy.data)
-        softmax<true>(z, n, top, a, h, d, logits, int(sizeof(T)));
-    else
-        softmax<false>(z, n, top, a, h, d, logits, int(sizeof(T)));
-    if (c.soft()) add_weighted(F(c.g_picked[row] * c.scale), probabilities(c, row, at, n, q_buffer), w, n, d);
-    if (c.g_wsum.data) add_weighted<F>(F(c.g_wsum[row] * c.scale), nullptr, w, n, d);
+    c.g_entropy.data ? softmax<true>(z, n, of.top[0], of.a[0], of.h[0], d, logits, int(sizeof(T)))
+                     : softmax<false>(z, n, of.top[0], of.a[0], of.h[0], d, logits, int(sizeof(T)));
+    if (c.soft()) add_weighted(of.g_picked[0], probabilities(c, row, at, n, q_buffer), w, n, d);
+    if (c.g_wsum.data) add_weighted<F>(of.g_wsum[0], nullptr, w, n, d);
     if (c.softcap != 0) multiply_slope(z, n, F(c.softcap), d);
-    if (here) {  // p - 1 may be tiny: all of it in double, rounded once
-        const double t = z_y - c.top_in[row] - c.lse_in[row], u = c.softcap == 0 ? 0 : z_y / c.softcap;
-        const double p_term = t < -1000 ? 0 : std::exp(t) * (c.g_lse[row] - c.g_entropy[row] * t);
-        const double dz = p_term + c.g_picked[row] + c.g_wsum[row] * (w ? double(w[y]) : 1);
-        d[y] = F(dz * c.scale * (1 - u * u));
-    }
+    if (where >= 0) d[where] = F(value);
     if constexpr (!std::is_same_v<T, F>) store(d, n, out);
 }
 
@@ -160,73 +155,44 @@ INLINE void clear(const Call& c, int64_t row, int64_t at, int64_t end) {
         std::memset(out, 0, size_t(bytes));
 }
 
-// p (g - e log p) = e^t (a - h t) with t = z - top, and lse in the two factors of the row, which are taken in double.
 template <class T>
 INLINE void write_gradient(const Call& c, int64_t row, int64_t at, int64_t end) {
     if (c.ignored(row)) return clear<T>(c, row, at, end);
     if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row, at)), (end - at) * int64_t(sizeof(T)));
-    using F = Compute<T>;
-    const double lse = c.lse_in[row], factor = std::exp(-lse) * c.scale, g_entropy = c.g_entropy[row];
-    const F a = F((c.g_lse[row] + g_entropy * lse) * factor), h = F(g_entropy * factor);
-    for (; at < end; at += CHUNK) gradient_chunk<T>(c, row, at, chunk(end - at), F(c.top_in[row]), a, h);
+    Factors<Compute<T>> of;
+    factors_of(c, row, 1, of);
+    for (; at < end; at += CHUNK) gradient_chunk<T>(c, row, at, chunk(end - at), of);
 }
 
 // ------------------------------------------------------------------------------------------------- tasks
 
-// Where the classes do not lie side by side, a tile of rows and classes is copied to where they do, and back. In a
-// transposed matrix each line of memory holds one class of several rows: so it is read once and not once for each row.
-template <class T>
-INLINE Matrix tile_at(T* tile, int64_t row, int64_t at) {  // indexed as the whole matrix is
-    const intptr_t origin = reinterpret_cast<intptr_t>(tile) - (row * CHUNK + at) * int64_t(sizeof(T));
-    return {reinterpret_cast<void*>(origin), std::numeric_limits<int64_t>::max(), 0, CHUNK, 1};
-}
-
 template <class T>
 LOOP void statistics(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
-    const int height = c.logits.class_stride == 1 ? 1 : TILE;
-    for (int64_t row = r.row; row < r.row_end; row += height) {
-        if (height == 1) {
-            keep(c, task, row, scan<T>(c, row, r.at, r.end));
-            continue;
+    Found found[WIDTH];
+    double sum[WIDTH], log_sum[WIDTH];
+    for (int64_t row = r.row; row < r.row_end;) {
+        int rows = 1;
+        if (c.by_blocks) {
+            rows = block(c, row, r.row_end);
+            block_statistics<T>(c, row, rows, r.at, r.end, found);
+        } else {
+            found[0] = scan<T>(c, row, r.at, r.end);
         }
-        T tile[TILE * CHUNK];
-        Found found[TILE];
-        Call view = c;
-        const int rows = r.row_end - row < TILE ? int(r.row_end - row) : TILE;
-        for (int64_t at = r.at; at < r.end; at += CHUNK) {
-            const int n = chunk(r.end - at);
-            gather(c.logits, row, rows, at, n, tile);
-            view.logits = tile_at(tile, row, at);
-            for (int k = 0; k < rows; ++k) {
-                const Found part = scan<T>(view, row + k, at, at + n);
-                at == r.at ? void(found[k] = part) : merge(found[k], part);
-            }
-        }
-        for (int k = 0; k < rows; ++k) keep(c, task, row + k, found[k]);
+        for (int k = 0; k < rows; ++k) sum[k] = found[k].sum;
+        logarithms(sum, rows, log_sum);
+        for (int k = 0; k < rows; ++k) keep(c, task, row + k, found[k], log_sum[k]);
+        row += rows;
     }
 }
 
 template <class T>
 LOOP void gradient(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
-    const bool tiled = c.logits.class_stride != 1 || c.out.class_stride != 1;
-    for (int64_t row = r.row; row < r.row_end; row += tiled ? TILE : 1) {
-        if (!tiled) {
-            write_gradient<T>(c, row, r.at, r.end);
-            continue;
-        }
-        T tile[TILE * CHUNK];
-        Call view = c;
-        view.past_caches = false;
-        const int rows = r.row_end - row < TILE ? int(r.row_end - row) : TILE;
-        for (int64_t at = r.at; at < r.end; at += CHUNK) {
-            const int n = chunk(r.end - at);
-            gather(c.logits, row, rows, at, n, tile);
-            view.logits = view.out = tile_at(tile, row, at);
-            for (int k = 0; k < rows; ++k) write_gradient<T>(view, row + k, at, at + n);
-            scatter(tile, row, rows, at, n, c.out);
-        }
+    for (int64_t row = r.row; row < r.row_end;) {
+        const int rows = c.by_blocks ? block(c, row, r.row_end) : 1;
+        c.by_blocks ? block_gradient<T>(c, row, rows, r.at, r.end) : write_gradient<T>(c, row, r.at, r.end);
+        row += rows;
     }
 }
 

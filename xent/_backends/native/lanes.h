@@ -1,0 +1,145 @@
+// The two passes for a block of rows at once: a vector holds the same class of many rows, so nothing is added up across
+// a vector, and what a row needs besides its logits is done for many rows at a time. For logits whose classes do not lie
+// side by side (images), which are read where they lie, and for short rows, which are transposed on the way.
+//
+// Numerics are those of the other loops: exp in F, sums of at most 32 classes in F, all sums of these in double.
+
+constexpr int WIDTH = 256;      // rows of a block, at most
+constexpr int SIZE = 1 << 14;   // numbers of a tile, which stays in the cache; at least 64 classes of a whole block
+constexpr int EXACT = 32;       // classes that are added up in F
+
+template <class F>
+struct Lanes {  // class i of all rows: at + i * stride
+    F* at;
+    int64_t stride;
+    F* operator[](int64_t i) const { return at + i * stride; }
+};
+
+// ------------------------------------------------------------------------------------------------- memory
+
+inline bool together(const Matrix& x, int64_t row, int rows) { return x.row_stride == 1 && row % x.B + rows <= x.B; }
+
+template <class T, class F>
+LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, Lanes<F> z) {
+    for (int k = 0; k < rows; ++k) {
+        const T* x_k = x.at<T>(row + k, at);
+        for (int i = 0; i < n; ++i) z[i][k] = scale * F(widen(x_k[i * x.class_stride]));
+    }
+}
+
+template <class F, class T>
+LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, const Matrix& out) {
+    for (int k = 0; k < rows; ++k) {
+        T* out_k = out.at<T>(row + k, at);
+        for (int i = 0; i < n; ++i) narrow(d[i][k], out_k[i * out.class_stride]);
+    }
+}
+
+// The numbers that count, scaled and capped: where they lie, or in the tile.
+template <class T, class F>
+INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, F cap, F* tile) {
+    const bool side_by_side = together(x, row, rows);
+    if constexpr (std::is_same_v<T, F>)
+        if (side_by_side && scale == 1 && cap == 0) return {x.at<T>(row, at), x.class_stride};
+    const Lanes<F> z{tile, whole(rows)};
+    if (!side_by_side) transpose<T>(x, row, rows, at, n, scale, z);
+    for (int i = 0; i < n && side_by_side; ++i) convert(x.at<T>(row, at + i), rows, scale, z[i]);
+    for (int i = 0; i < n && cap != 0; ++i) convert_capped(z[i], rows, F(1), cap, z[i]);
+    return z;
+}
+
+template <class F>
+INLINE Lanes<F> load_probabilities(const Call& c, int64_t row, int rows, int64_t at, int n, F* tile) {
+    const F one = 1, none = 0;
+    if (c.target_kind == FLOAT32) return load<float>(c.target, row, rows, at, n, one, none, tile);
+    if (c.target_kind == BFLOAT16) return load<BFloat16>(c.target, row, rows, at, n, one, none, tile);
+    if (c.target_kind == FLOAT16) return load<Float16>(c.target, row, rows, at, n, one, none, tile);
+    return load<double>(c.target, row, rows, at, n, one, none, tile);
+}
+
+// ------------------------------------------------------------------------------------------------- loops
+
+template <class F>
+LOOP void raise(Lanes<F> z, int n, int rows, F* top) {
+    for (int i = 0; i < n; ++i) {
+        const F* z_i = z[i];
+#pragma omp simd
+        for (int k = 0; k < rows; ++k) top[k] = z_i[k] > top[k] ? z_i[k] : top[k];
+    }
+}
+
+// The first class with the largest score; a NaN counts as larger than all, the first one of them.
+template <class F>
+LOOP void find_largest(Lanes<F> z, int n, int rows, int64_t at, F* largest, int64_t* argmax) {
+    for (int i = 0; i < n; ++i) {
+        const F* z_i = z[i];
+#pragma omp simd
+        for (int k = 0; k < rows; ++k) {
+            const bool larger = z_i[k] > largest[k] || (z_i[k] != z_i[k] && largest[k] == largest[k]);
+            largest[k] = larger ? z_i[k] : largest[k];
+            argmax[k] = larger ? at + i : argmax[k];
+        }
+    }
+}
+
+template <bool TILT, class F>
+LOOP void add_exp(Lanes<F> z, int n, int rows, const F* top, double* sum, double* tilt) {
+    F s[WIDTH] = {}, u[WIDTH] = {};
+    for (int i = 0; i < n; ++i) {
+        const F* z_i = z[i];
+#pragma omp simd
+        for (int k = 0; k < rows; ++k) {
+            const F t = z_i[k] - top[k], e = exponential(t);
+            s[k] += e;
+            if (TILT) u[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
+        }
+    }
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) {
+        sum[k] += s[k];
+        if (TILT) tilt[k] += u[k];
+    }
+}
+
+// sum k and sum k (z - top) with the coefficients k = q w of one class, either of which may be missing.
+template <class F>
+LOOP void add_products(const F* q, const F* w, const F* z, int rows, const F* top, double* mass, double* total) {
+    const double w_i = w ? double(*w) : 1;
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) {
+        const double coefficient = (q ? double(q[k]) : 1) * w_i;
+        mass[k] += coefficient;
+        total[k] += coefficient == 0 ? 0 : coefficient * (double(z[k]) - double(top[k]));  // not 0 * inf
+    }
+}
+
+template <bool TILT, class F>
+LOOP void softmax(Lanes<F> z, int n, int rows, const F* top, const F* a, const F* h, Lanes<F> d) {
+    for (int i = 0; i < n; ++i) {
+        const F* z_i = z[i];
+        F* d_i = d[i];
+#pragma omp simd
+        for (int k = 0; k < rows; ++k) {
+            const F t = z_i[k] - top[k], e = exponential(t);
+            d_i[k] = TILT ? e * (a[k] - h[k] * (t < -1000 ? -1000 : t)) : e * a[k];
+        }
+    }
+}
+
+template <class F>
+LOOP void add_weighted(const F* g, const F* q, const F* w, int rows, F* d) {
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) d[k] += g[k] * (q ? q[k] : 1) * (w ? *w : 1);
+}
+
+template <class F>
+LOOP void logarithms(const F* x, int n, F* out) {
+#pragma omp simd
+    for (int k = 0; k < n; ++k) out[k] = logarithm(x[k]);
+}
+
+template <class F>
+LOOP void exponentials(const F* t, int n, F* out) {
+#pragma omp simd
+    for (int k = 0; k < n; ++k) out[k] = exponential(t[k]);
+}
