@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "math.h"
+
 constexpr double INF = std::numeric_limits<double>::infinity();
 
 enum Target { INT64, INT32, FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };  // class indices, or probabilities
@@ -56,7 +58,7 @@ struct Call {
     const char *zeros_begin, *zeros_end;  // the part of `out` that holds zeros as it is
     bool scattered;                       // so few rows of it count that small pages take less time than huge ones
 
-    bool by_blocks;  // of rows, class by class, and not row by row
+    bool by_class;  // blocks of rows class by class, and not row by row
 
     // A task is a block of rows, or where there are few rows, one of the `parts` of a row.
     int64_t rows_per_task, parts, classes_per_task;
@@ -106,12 +108,13 @@ inline void merge(Found& f, Found later) {
     f.weights += later.weights;
 }
 
-inline void finish(const Call& c, int64_t row, Found f, double log_sum) {
+inline void finish(const Call& c, int64_t row, Found f) {
     const bool ignored = c.ignored(row);
     if (ignored) {
         f = Found();
-        f.max = 0, f.sum = 1, f.argmax = -1, log_sum = 0;
+        f.max = 0, f.sum = 1, f.argmax = -1;  // lse = log 1
     }
+    const double log_sum = logarithm(f.sum);
     const double top = std::isfinite(f.max) ? f.max : 0;
     if (!c.soft()) {
         const int64_t y = c.y(row) - c.start;
@@ -124,13 +127,6 @@ inline void finish(const Call& c, int64_t row, Found f, double log_sum) {
     if (c.wsum) c.wsum[row] = f.wsum;
     if (c.entropy) c.entropy[row] = log_sum - f.tilt / f.sum;  // -sum p (t - log sum)
     if (c.argmax) c.argmax[row] = f.argmax;
-}
-
-inline void keep(const Call& c, int64_t task, int64_t row, const Found& found, double log_sum) {
-    if (c.parts == 1)
-        finish(c, row, found, log_sum);
-    else
-        c.found[task] = found;
 }
 
 // The entry points of one instruction set; the types of logits are float32, bfloat16, float16, float64.

@@ -17,21 +17,44 @@ struct Lanes {  // class i of all rows: at + i * stride
 
 // ------------------------------------------------------------------------------------------------- memory
 
+// An odd number of cache lines, so that the classes of a row do not all fall into the same few sets of the cache.
+inline int tile_stride(int rows) { return (rows + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES; }
+inline int classes_of_tile(int rows) { return SIZE / tile_stride(rows); }
+
 inline bool together(const Matrix& x, int64_t row, int rows) { return x.row_stride == 1 && row % x.B + rows <= x.B; }
+
+// Of rows that are one stride apart; otherwise row by row.
+inline bool in_step(const Matrix& x, int64_t row, int rows) { return row % x.B + rows <= x.B; }
 
 template <class T, class F>
 LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, Lanes<F> z) {
+    const int64_t stride = x.row_stride, class_stride = x.class_stride;
+    if (in_step(x, row, rows)) {
+        const T* first = x.at<T>(row, at);
+        for (int k = 0; k < rows; k += LANES)
+            for (int i = 0; i < n; ++i) {
+                const T* x_i = first + k * stride + i * class_stride;
+                F* z_i = z[i] + k;
+                const int end = rows - k < LANES ? rows - k : LANES;
+#pragma omp simd
+                for (int j = 0; j < end; ++j) z_i[j] = scale * F(widen(x_i[j * stride]));
+            }
+        return;
+    }
     for (int k = 0; k < rows; ++k) {
         const T* x_k = x.at<T>(row + k, at);
-        for (int i = 0; i < n; ++i) z[i][k] = scale * F(widen(x_k[i * x.class_stride]));
+        for (int i = 0; i < n; ++i) z[i][k] = scale * F(widen(x_k[i * class_stride]));
     }
 }
 
 template <class F, class T>
 LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, const Matrix& out) {
+    const int64_t class_stride = out.class_stride, stride = d.stride;
     for (int k = 0; k < rows; ++k) {
         T* out_k = out.at<T>(row + k, at);
-        for (int i = 0; i < n; ++i) narrow(d[i][k], out_k[i * out.class_stride]);
+        const F* d_k = d.at + k;
+#pragma omp simd
+        for (int i = 0; i < n; ++i) narrow(d_k[i * stride], out_k[i * class_stride]);
     }
 }
 
@@ -41,7 +64,7 @@ INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, 
     const bool side_by_side = together(x, row, rows);
     if constexpr (std::is_same_v<T, F>)
         if (side_by_side && scale == 1 && cap == 0) return {x.at<T>(row, at), x.class_stride};
-    const Lanes<F> z{tile, whole(rows)};
+    const Lanes<F> z{tile, tile_stride(rows)};
     if (!side_by_side) transpose<T>(x, row, rows, at, n, scale, z);
     for (int i = 0; i < n && side_by_side; ++i) convert(x.at<T>(row, at + i), rows, scale, z[i]);
     for (int i = 0; i < n && cap != 0; ++i) convert_capped(z[i], rows, F(1), cap, z[i]);

@@ -5,8 +5,6 @@
 
 constexpr int LANES = 16;  // of the widest vectors
 
-INLINE int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
-
 template <class T>
 LOOP void gather(const T* x, int64_t stride, int n, T* out) {
     for (int i = 0; i < n; ++i) out[i] = x[i * stride];
@@ -31,16 +29,31 @@ LOOP void store(const F* d, int n, T* out) {
     for (int i = 0; i < n; ++i) narrow(d[i], out[i]);
 }
 
-// The next three take n rounded up to whole vectors, see `scores`.
+// The vector at i. What is left over of whole vectors is the end of one that overlaps the one before; `skip` of its
+// lanes have been there. Of fewer classes than lanes it is `few`, which is filled up with -inf.
+template <class F>
+struct Vector {
+    const F* at;
+    int skip;
+};
+
+template <class F>
+INLINE Vector<F> vector_at(const F* z, int i, int n, F* few) {
+    if (i + LANES <= n) return {z + i, 0};
+    if (n >= LANES) return {z + n - LANES, LANES - n % LANES};
+    for (int k = 0; k < LANES; ++k) few[k] = k < n ? z[k] : -F(INF);
+    return {few, 0};
+}
 
 // Explicit lanes, since clang takes the usual loop for a maximum as it stands, in which no order may be changed.
 template <class F>
 LOOP F maximum(const F* z, int n) {
-    F lane[LANES];
+    F lane[LANES], few[LANES];
     for (int k = 0; k < LANES; ++k) lane[k] = -F(INF);
-    for (int i = 0; i < whole(n); i += LANES) {
+    for (int i = 0; i < n; i += LANES) {
+        const F* here = vector_at(z, i, n, few).at;
 #pragma omp simd
-        for (int k = 0; k < LANES; ++k) lane[k] = z[i + k] > lane[k] ? z[i + k] : lane[k];
+        for (int k = 0; k < LANES; ++k) lane[k] = here[k] > lane[k] ? here[k] : lane[k];
     }
     for (int width = LANES / 2; width > 0; width /= 2)
         for (int k = 0; k < width; ++k) lane[k] = lane[k] > lane[k + width] ? lane[k] : lane[k + width];
@@ -58,14 +71,15 @@ struct Sums {
 // arithmetic and the memory work at the same time. (Explicit lanes, since nothing else fits into a simd loop.)
 template <bool TILT, class F>
 LOOP Sums<F> sum_exp(const F* z, int n, F base, const char* logits, int size) {
-    F sum[LANES] = {}, tilt[LANES] = {}, top[LANES];
+    F sum[LANES] = {}, tilt[LANES] = {}, top[LANES], few[LANES];
     for (int k = 0; k < LANES; ++k) top[k] = base;
-    for (int i = 0; i < whole(n); i += LANES) {
+    for (int i = 0; i < n; i += LANES) {
         PREFETCH(logits + i * size + AHEAD, 2);
+        const Vector<F> here = vector_at(z, i, n, few);
 #pragma omp simd
         for (int k = 0; k < LANES; ++k) {
-            const F t = z[i + k] - base, e = exponential(t);
-            top[k] = z[i + k] > top[k] ? z[i + k] : top[k];
+            const F z_k = here.at[k], t = k < here.skip ? -F(INF) : z_k - base, e = exponential(t);
+            top[k] = z_k > top[k] ? z_k : top[k];
             sum[k] += e;
             if (TILT) tilt[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
         }
@@ -79,14 +93,14 @@ LOOP Sums<F> sum_exp(const F* z, int n, F base, const char* logits, int size) {
     return {sum[0], tilt[0], top[0] > base};
 }
 
-// The first class with this logit; with a NaN, the first NaN. n or more if there is none.
+// The first class with this logit; with a NaN, the first NaN. n if there is none.
 template <class F>
 LOOP int find(const F* z, int n, F value) {
-    int first = whole(n);
+    int first = n;
     const bool nan = value != value;
 #pragma omp simd reduction(min : first)
-    for (int i = 0; i < whole(n); ++i) {
-        const int here = z[i] == value || (nan && z[i] != z[i]) ? i : whole(n);
+    for (int i = 0; i < n; ++i) {
+        const int here = z[i] == value || (nan && z[i] != z[i]) ? i : n;
         first = here < first ? here : first;
     }
     return first;

@@ -20,23 +20,13 @@ using Compute = decltype(widen(T{}));
 
 // ------------------------------------------------------------------------------------------------- chunks
 
-// The logits that count: the row itself where it is that, else `buffer`. For `padded`, whole vectors of them, the last
-// filled up with -inf, which no sum of exponentials notices: what is left over of a vector would cost more than one.
+// The logits that count: the row itself where it is that, else `buffer`.
 template <class T, class F>
-INLINE const F* scores(const Call& c, const T* x, int n, F* buffer, bool padded) {
-    const int end = padded ? whole(n) : n;
-    for (int i = n; i < end; ++i) buffer[i] = -F(INF);
+INLINE const F* scores(const Call& c, const T* x, int n, F* buffer) {
     if constexpr (std::is_same_v<T, F>) {
-        if (c.scale == 1 && c.softcap == 0) {
-            if (n == end) return x;
-            std::memcpy(buffer, x, size_t(n) * sizeof(F));
-            return buffer;
-        }
+        if (c.scale == 1 && c.softcap == 0) return x;
     }
-    if (c.softcap == 0)
-        convert(x, n, F(c.scale), buffer);
-    else
-        convert_capped(x, n, F(c.scale), F(c.softcap), buffer);
+    c.softcap == 0 ? convert(x, n, F(c.scale), buffer) : convert_capped(x, n, F(c.scale), F(c.softcap), buffer);
     return buffer;
 }
 
@@ -92,43 +82,36 @@ INLINE void add_exp(const Call& c, Found& found, const T* x, const F* z, int n, 
 }
 
 template <class T, class F>
-INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t at, int n) {
+INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t y, int64_t at, int n) {
     F z_buffer[CHUNK], q_buffer[CHUNK];
     const T* x = c.logits.at<T>(row, at);
-    const F* z = scores(c, x, n, z_buffer, true);
+    const F* z = scores(c, x, n, z_buffer);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
     add_exp(c, found, x, z, n, at);
     const double base = std::isfinite(found.max) ? found.max : 0;
     if (c.wsum) dot<F>(nullptr, w, z, n, base, found.weights, found.wsum);
     if (c.soft()) {
         dot(probabilities(c, row, at, n, q_buffer), w, z, n, base, found.mass, found.picked);
-    } else {
-        const int64_t y = c.y(row) - c.start - at;
-        if (0 <= y && y < n) found.picked = z[y];
+    } else if (at <= y && y < at + n) {
+        found.picked = z[y - at];
     }
 }
 
 template <class T, class F>
-INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, const Factors<F>& of) {
+INLINE void gradient_chunk(const Call& c, int64_t row, int k, int64_t at, int n, const Factors<F>& of) {
     F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
-    const T* x = c.logits.at<T>(row, at);
+    const T* x = c.logits.at<T>(row + k, at);
     const char* logits = reinterpret_cast<const char*>(x);
-    const F* z = scores(c, x, n, z_buffer, false);
+    const F* z = scores(c, x, n, z_buffer);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
-    T* out = c.out.at<T>(row, at);
+    T* out = c.out.at<T>(row + k, at);
     F* d = d_buffer;
     if constexpr (std::is_same_v<T, F>) d = out;
-    int64_t where = -1;
-    double value;
-    if (!c.soft() && target_is_among(c, row, at, n))  // before d, which may lie over z
-        entries_of_targets(c, Lanes<const F>{z, 1}, row, 1, at, n, of, &where, &value);
-
-    c.g_entropy.data ? softmax<true>(z, n, of.top[0], of.a[0], of.h[0], d, logits, int(sizeof(T)))
-                     : softmax<false>(z, n, of.top[0], of.a[0], of.h[0], d, logits, int(sizeof(T)));
-    if (c.soft()) add_weighted(of.g_picked[0], probabilities(c, row, at, n, q_buffer), w, n, d);
-    if (c.g_wsum.data) add_weighted<F>(of.g_wsum[0], nullptr, w, n, d);
+    c.g_entropy.data ? softmax<true>(z, n, of.top[k], of.a[k], of.h[k], d, logits, int(sizeof(T)))
+                     : softmax<false>(z, n, of.top[k], of.a[k], of.h[k], d, logits, int(sizeof(T)));
+    if (c.soft()) add_weighted(of.g_picked[k], probabilities(c, row + k, at, n, q_buffer), w, n, d);
+    if (c.g_wsum.data) add_weighted<F>(of.g_wsum[k], nullptr, w, n, d);
     if (c.softcap != 0) multiply_slope(z, n, F(c.softcap), d);
-    if (where >= 0) d[where] = F(value);
     if constexpr (!std::is_same_v<T, F>) store(d, n, out);
 }
 
@@ -137,11 +120,25 @@ INLINE void gradient_chunk(const Call& c, int64_t row, int64_t at, int n, const 
 INLINE int chunk(int64_t left) { return left < CHUNK ? int(left) : CHUNK; }
 
 template <class T>
-INLINE Found scan(const Call& c, int64_t row, int64_t at, int64_t end) {
+INLINE Found scan(const Call& c, int64_t row, int64_t y, int64_t at, int64_t end) {
     Found found;
-    if (!c.ignored(row))
-        for (; at < end; at += CHUNK) add_chunk<T, Compute<T>>(c, found, row, at, chunk(end - at));
+    for (; at < end; at += CHUNK) add_chunk<T, Compute<T>>(c, found, row, y, at, chunk(end - at));
     return found;
+}
+
+template <class T>
+LOOP void statistics_by_row(const Call& c, int64_t task, int64_t row, int rows, int64_t at, int64_t end) {
+    using F = Compute<T>;
+    int64_t y[WIDTH], argmax[WIDTH];
+    Totals<F> all;
+    targets_of(c, row, rows, y);
+    for (int k = 0; k < rows; ++k) {
+        const Found found = y[k] == IGNORED ? Found() : scan<T>(c, row + k, y[k], at, end);
+        if (c.parts > 1) return void(c.found[task] = found);
+        all.top[k] = F(found.max), all.sum[k] = found.sum, all.tilt[k] = found.tilt, all.picked[k] = found.picked;
+        all.mass[k] = found.mass, all.wsum[k] = found.wsum, argmax[k] = found.argmax;
+    }
+    finish_block(c, row, rows, all, y, argmax);
 }
 
 template <class T>
@@ -156,12 +153,25 @@ INLINE void clear(const Call& c, int64_t row, int64_t at, int64_t end) {
 }
 
 template <class T>
-INLINE void write_gradient(const Call& c, int64_t row, int64_t at, int64_t end) {
-    if (c.ignored(row)) return clear<T>(c, row, at, end);
-    if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row, at)), (end - at) * int64_t(sizeof(T)));
-    Factors<Compute<T>> of;
-    factors_of(c, row, 1, of);
-    for (; at < end; at += CHUNK) gradient_chunk<T>(c, row, at, chunk(end - at), of);
+LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, int64_t end) {
+    using F = Compute<T>;
+    int64_t y[WIDTH];
+    F z_y[WIDTH], value[WIDTH];
+    Factors<F> of;
+    targets_of(c, row, rows, y);
+    factors_of(c, row, rows, of);
+    for (int k = 0; k < rows; ++k) z_y[k] = begin <= y[k] && y[k] < end ? F(widen(*c.logits.at<T>(row + k, y[k]))) : 0;
+    c.softcap == 0 ? convert(z_y, rows, F(c.scale), z_y) : convert_capped(z_y, rows, F(c.scale), F(c.softcap), z_y);
+    if (!c.soft()) entries_of_targets(c, row, rows, y, z_y, of, value);
+    for (int k = 0; k < rows; ++k) {
+        if (y[k] == IGNORED) {
+            clear<T>(c, row + k, begin, end);
+            continue;
+        }
+        if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row + k, begin)), (end - begin) * int64_t(sizeof(T)));
+        for (int64_t at = begin; at < end; at += CHUNK) gradient_chunk<T>(c, row, k, at, chunk(end - at), of);
+        if (!c.soft() && begin <= y[k] && y[k] < end) narrow(value[k], *c.out.at<T>(row + k, y[k]));
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- tasks
@@ -169,30 +179,19 @@ INLINE void write_gradient(const Call& c, int64_t row, int64_t at, int64_t end) 
 template <class T>
 LOOP void statistics(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
-    Found found[WIDTH];
-    double sum[WIDTH], log_sum[WIDTH];
-    for (int64_t row = r.row; row < r.row_end;) {
-        int rows = 1;
-        if (c.by_blocks) {
-            rows = block(c, row, r.row_end);
-            block_statistics<T>(c, row, rows, r.at, r.end, found);
-        } else {
-            found[0] = scan<T>(c, row, r.at, r.end);
-        }
-        for (int k = 0; k < rows; ++k) sum[k] = found[k].sum;
-        logarithms(sum, rows, log_sum);
-        for (int k = 0; k < rows; ++k) keep(c, task, row + k, found[k], log_sum[k]);
-        row += rows;
+    for (int64_t row = r.row, rows; row < r.row_end; row += rows) {
+        rows = block(c, row, r.row_end);
+        c.by_class ? statistics_by_class<T>(c, task, row, int(rows), r.at, r.end)
+                   : statistics_by_row<T>(c, task, row, int(rows), r.at, r.end);
     }
 }
 
 template <class T>
 LOOP void gradient(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
-    for (int64_t row = r.row; row < r.row_end;) {
-        const int rows = c.by_blocks ? block(c, row, r.row_end) : 1;
-        c.by_blocks ? block_gradient<T>(c, row, rows, r.at, r.end) : write_gradient<T>(c, row, r.at, r.end);
-        row += rows;
+    for (int64_t row = r.row, rows; row < r.row_end; row += rows) {
+        rows = block(c, row, r.row_end);
+        c.by_class ? gradient_by_class<T>(c, row, int(rows), r.at, r.end) : gradient_by_row<T>(c, row, int(rows), r.at, r.end);
     }
 }
 
