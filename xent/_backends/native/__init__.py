@@ -51,7 +51,7 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
         spec.classes,
         *[0 if stat is None else stat.data_ptr() for stat in stats],
     )
-    if bad >= 0:
+    if bad:
         check_range(target, spec.classes or 0, spec.ignore_index)  # raises
     return stats
 

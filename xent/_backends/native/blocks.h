@@ -31,13 +31,19 @@ LOOP void add_probabilities(const Call& c, Lanes<F> z, int64_t row, int rows, in
     for (int i = 0; i < n; ++i) add_products(q[i], w ? w + i : nullptr, z[i], rows, base, all.mass, all.picked);
 }
 
-// The targets of a block, as y - start; IGNORED where a row does not count, and for probabilities 0.
+// The targets of a block, as y - start; IGNORED where a row does not count, and for probabilities 0. One that is no class
+// is reported. It is nowhere among the classes that are read.
 LOOP void targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
     if (c.soft()) return void(std::memset(y, 0, size_t(rows) * sizeof *y));
     for (int k = 0; k < rows; ++k) y[k] = c.y(row + k);
-    const int64_t ignore_index = c.ignore_index, start = c.start;
-#pragma omp simd
-    for (int k = 0; k < rows; ++k) y[k] = y[k] == ignore_index ? IGNORED : y[k] - start;
+    const int64_t ignore_index = c.ignore_index, start = c.start, classes = c.classes;
+    bool bad = false;
+#pragma omp simd reduction(| : bad)
+    for (int k = 0; k < rows; ++k) {
+        bad |= (y[k] < 0 || y[k] >= classes) && y[k] != ignore_index;
+        y[k] = y[k] == ignore_index ? IGNORED : y[k] - start;
+    }
+    if (bad && c.bad) c.bad->store(true);
 }
 
 // The same as `finish`, of the rows of a block.

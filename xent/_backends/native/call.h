@@ -3,6 +3,7 @@
 // Letters as in dispatch.py: N = A B rows, C classes, x a raw logit, z the logit that counts, y the target, q a target
 // probability, w a class weight, p a probability. Strides are in elements.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -43,11 +44,12 @@ struct Found {
 struct Call {
     int64_t N, C;
     Matrix logits, target;  // index targets have no class stride
-    int64_t target_kind, start, ignore_index;
+    int64_t target_kind, start, ignore_index, classes;  // classes: of all shards
     double scale, softcap;  // softcap 0: none
     const void* weight;     // (C,) in the type of the arithmetic, or null
 
     // Statistics: null where they are not wanted.
+    std::atomic<bool>* bad;  // whether any target is neither a class nor ignored
     double *top, *lse, *picked, *mass, *wsum, *entropy;
     int64_t* argmax;
 

@@ -66,15 +66,6 @@ const Kernels* kernels;  // in use
 
 // ------------------------------------------------------------------------------------------------- the primitives
 
-// The first row whose index target is neither a class nor ignored; -1 if all are well. Before any logit is read.
-int64_t bad_target(const Call& c, int64_t classes) {
-    for (int64_t row = 0; row < c.N && !c.soft(); ++row) {
-        const int64_t y = c.y(row);
-        if ((y < 0 || y >= classes) && y != c.ignore_index) return row;
-    }
-    return -1;
-}
-
 void statistics_of_few_rows(Call& c, int64_t dtype, unsigned threads) {
     Found found[FEW_ROWS * MOST_PARTS];
     c.found = found;
@@ -169,15 +160,17 @@ PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 27)) return nullptr;
     Arguments a{args};
     Call c = read_call(a);
-    const int64_t dtype = a.integer(), threads = a.integer(), classes = a.integer();
+    const int64_t dtype = a.integer(), threads = a.integer();
+    c.classes = a.integer();
     c.top = a.address<double>(), c.lse = a.address<double>(), c.picked = a.address<double>();
     c.mass = a.address<double>(), c.wsum = a.address<double>(), c.entropy = a.address<double>(), c.argmax = a.address<int64_t>();
     if (unreadable(c, {c.top, c.lse, c.picked})) return nullptr;
     PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
-    const int64_t bad = bad_target(c, classes);
-    if (bad < 0) statistics(c, dtype, unsigned(threads));
+    std::atomic<bool> bad{false};
+    c.bad = &bad;
+    statistics(c, dtype, unsigned(threads));
     if (state) PyEval_RestoreThread(state);
-    return PyLong_FromLongLong(bad);
+    return PyBool_FromLong(bad);
 }
 
 PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
