@@ -8,8 +8,10 @@ import oracle
 import pytest
 import torch
 from oracle import every_dtype
+from pairs import pairwise
 from torch import Tensor
 
+from xent._backends import eager
 from xent._records import RowSpec, Upstream, Wanted
 from xent._rows import dispatch
 
@@ -72,3 +74,54 @@ def test_one_number_for_all_rows(backend: str, soft: bool) -> None:
             dispatch.row_gradient(x, y, stats.top, stats.lse, Upstream(h, -h), RowSpec()) for h in (g, g.contiguous())
         ]
         assert grads[0].equal(grads[1])
+
+
+BLOCKS: dict[str, tuple[tuple[int, int, int], str]] = {  # (A, B, C) for which native takes many rows at a time
+    "two classes": ((1, 600, 2), "contiguous"),
+    "one class": ((2, 20, 1), "images"),
+    "short rows": ((1, 300, 10), "contiguous"),
+    "just short": ((3, 30, 32), "cut sequences"),
+    "images": ((2, 300, 21), "images"),
+    "small images": ((9, 5, 7), "images"),
+    "more classes than a tile": ((1, 70, 700), "images"),
+    "few positions, many classes": ((1, 3, 3000), "images"),
+    "classes first": ((5, 40, 19), "classes first"),
+    "every second": ((2, 40, 50), "every second"),
+}
+
+
+@pairwise(block=BLOCKS, dtype=oracle.ALL_DTYPES, soft=[False, True], softcap=[None, 5.0], inplace=[False, True])
+def test_blocks(
+    kernel: str,
+    block: tuple[tuple[int, int, int], str],
+    dtype: torch.dtype,
+    soft: bool,
+    softcap: float | None,
+    inplace: bool,
+) -> None:
+    """With everything that can be asked for, against eager; ignored rows hold NaN, and -inf is anywhere."""
+    shape, layout = block
+    generator = torch.Generator().manual_seed(3)
+    x = (torch.randn(shape, generator=generator, dtype=torch.float64) * 4).to(dtype)
+    C = shape[2]
+    x[..., C // 2][torch.rand(shape[:2], generator=generator) < 0.2] = -torch.inf
+    y = torch.randint(C, shape[:2], generator=generator)
+    if soft:
+        y = torch.rand(shape, generator=generator).to(dtype)
+    else:
+        y[torch.rand(shape[:2], generator=generator) < 0.2] = -100
+        x[y == -100] = torch.nan
+    x = LAYOUTS[layout](x)
+    spec, wanted = RowSpec(scale=0.5, softcap=softcap, classes=C), Wanted(True, True, True)
+    w = torch.rand(C, generator=generator, dtype=torch.float64)
+    w = w if dtype == torch.float64 else w.float()
+    found, truth = (module.row_statistics(x, y, spec, wanted, w) for module in (dispatch, eager))
+    rough = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
+    for stat, expected in zip(found.pack(), truth.pack(), strict=True):
+        torch.testing.assert_close(stat, expected, equal_nan=True, **rough)
+    upstream = Upstream(*torch.randn(4, *shape[:2], generator=generator, dtype=torch.float64))
+    expected = eager.row_gradient(x, y, truth.top, truth.lse, upstream, spec, w, None)
+    grad = dispatch.row_gradient(x, y, truth.top, truth.lse, upstream, spec, w, x if inplace else None)
+    torch.testing.assert_close(
+        grad.double(), expected.double(), equal_nan=True, rtol=oracle.TOLERANCE[dtype] * 8, atol=oracle.TOLERANCE[dtype]
+    )
