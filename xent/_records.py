@@ -102,6 +102,14 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
 
 
+class Samples(NamedTuple):
+    """What `row_samples` keeps of some rows, one after the other."""
+
+    counts: Tensor  #   (B,) int64: how many entries each row has
+    classes: Tensor  #  (E,) int32, ascending within a row
+    p: Tensor  #        (E,) their probabilities, in `compute_dtype` of the logits
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """float64, but for the one kind of device that has no such thing."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._head.blocks import HeadOptions
-from ._head.functions import head_loss, head_stats
+from ._head.sparse import draw_seed, head_loss, head_stats
 from ._inputs import options
 from ._inputs.head import check_max_bytes, to_linear_rows
 from ._inputs.options import overridable
@@ -43,6 +43,8 @@ def linear_cross_entropy(
     shift: bool = False,
     max_bytes: int | None = None,
     group: ProcessGroup | None = None,
+    grad_resolution: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Float[Tensor, "..."]:
     r"""Cross-entropy, in nats, of the logits :math:`x = W h + b` of a linear head, which are never held.
 
@@ -114,6 +116,7 @@ def linear_cross_entropy(
         options.check_options(
             ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype, softcap, logit_scale
         )
+        options.check_grad_resolution(grad_resolution, softcap, label_smoothing, generator)
         budget = check_max_bytes(max_bytes)
         rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore)
         options.check_weight(weight, len(linear_weight), input, False, sharded=group is not None)
@@ -123,15 +126,16 @@ def linear_cross_entropy(
 
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
     spec, targets = RowSpec(ignore, logit_scale, softcap), rows.targets
-    head = HeadOptions(spec, rows.dtype, budget, rows.shift, label_smoothing, z_loss)
+    head = HeadOptions(spec, rows.dtype, budget, rows.shift, label_smoothing, z_loss, resolution=grad_resolution)
+    seeds = _seeds(grad_resolution, len(rows.heads), input, generator)
     if group is not None or reduction == "none":
         losses = []
-        for W, b, y in rows.heads:
+        for (W, b, y), seed in zip(rows.heads, seeds, strict=True):
             if group is None:
-                stats = head_stats(rows.hidden, W, b, y, weight, head)
+                stats = head_stats(rows.hidden, W, b, y, weight, seed, head)
                 terms = objective.class_terms(y[None], weight, len(W), formula)
             else:
-                stats, terms = rank_head_stats(rows.hidden, W, b, y, weight, head, group)
+                stats, terms = rank_head_stats(rows.hidden, W, b, y, weight, seed, head, group)
             losses.append(objective.row_losses(stats, terms, formula)[0])
         found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
         if reduction == "none":
@@ -148,7 +152,11 @@ def linear_cross_entropy(
     else:
         divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
     factor = 1 / divisor.detach()
-    total = torch.stack([head_loss(rows.hidden, W, b, y, factor, weight, head) for W, b, y in rows.heads]).sum()
+    losses = [
+        head_loss(rows.hidden, W, b, y, factor, weight, seed, head)
+        for (W, b, y), seed in zip(rows.heads, seeds, strict=True)
+    ]
+    total = torch.stack(losses).sum()
     if divisor.requires_grad:
         total = total * (divisor.detach() / divisor)
     return total.to(formula.dtype)
@@ -170,6 +178,8 @@ def linear_token_stats(
     shift: bool = False,
     max_bytes: int | None = None,
     group: ProcessGroup | None = None,
+    grad_resolution: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> TokenStats:
     r"""Per-token statistics, in nats, of the logits :math:`x = W h + b` of a linear head, which are never held.
 
@@ -213,6 +223,7 @@ def linear_token_stats(
     with report_failure_to_ranks(group, input):
         options.check_ignore_index(ignore_index)
         options.check_transform(logit_scale, softcap)
+        options.check_grad_resolution(grad_resolution, softcap, generator=generator)
         budget = check_max_bytes(max_bytes)
         rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index)
         (weight, bias, y), *others = rows.heads
@@ -221,9 +232,19 @@ def linear_token_stats(
         if y.is_floating_point():
             raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
     spec = RowSpec(ignore_index, logit_scale, softcap)
-    head = HeadOptions(spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction)
+    head = HeadOptions(
+        spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction, resolution=grad_resolution
+    )
+    (seed,) = _seeds(grad_resolution, 1, input, generator)
     if group is None:
-        stats = head_stats(rows.hidden, weight, bias, y, None, head)
+        stats = head_stats(rows.hidden, weight, bias, y, None, seed, head)
     else:
-        stats, _ = rank_head_stats(rows.hidden, weight, bias, y, None, head, group)
+        stats, _ = rank_head_stats(rows.hidden, weight, bias, y, None, seed, head, group)
     return TokenStats._of(stats, head.weight_dtype, rows.shaped)
+
+
+def _seeds(
+    resolution: float | None, heads: int, input: Tensor, generator: torch.Generator | None
+) -> list[Tensor | None]:
+    """For each head a seed, drawn whether a gradient is wanted or not, so that all that is drawn later stays the same."""
+    return [None if resolution is None else draw_seed(input.device, generator) for _ in range(heads)]
