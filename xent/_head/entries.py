@@ -184,9 +184,12 @@ def coefficients(
         own = own * slope(picked + top, 1, softcap)
         local = (target - options.spec.start).int()
     found, ends = torch.empty(len(entries.p), dtype=dtype, device=target.device), entries.ends
-    for begin in range(0, len(found), CHUNK):
-        end = min(begin + CHUNK, len(found))
-        rows = torch.searchsorted(ends, torch.arange(begin, end, device=ends.device), right=True)
+    step = max(1, int(CHUNK * (options.resolution or 1)))  # rows
+    edges = [0, *ends[step - 1 :: step].tolist(), len(found)]
+    for i, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        some = torch.arange(i * step, min(len(ends), (i + 1) * step), device=ends.device)
+        counts = ends[some] - torch.cat([ends.new_tensor([begin]), ends[some[:-1]]])
+        rows = some.repeat_interleave(counts, output_size=end - begin)
         p, classes = entries.p[begin:end], entries.classes[begin:end]
         d = g.to(dtype)[rows]
         if g_entropy is not None:
