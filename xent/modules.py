@@ -105,7 +105,8 @@ class LinearCrossEntropyLoss(nn.Module):
         device, dtype: of the head.
         weight: `(C,)`, a weight for each class; kept as the buffer `weight`.
         reduction, ignore_index, label_smoothing, normalizer, on_empty, z_loss, softcap, logit_scale, loss_dtype, shift,
-            max_bytes, group: see :func:`xent.linear_cross_entropy`.
+            max_bytes, group, grad_resolution: see :func:`xent.linear_cross_entropy`; what is random there is drawn from
+            the device's default generator.
 
     Shapes:
         input `(..., D)`; target `(...)`, or `(..., C)` for probabilities; the result is 0-d, or of the target's shape

@@ -14,6 +14,7 @@ the call's seed and the row's number: neither threads nor blocks change it.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Entries(NamedTuple):
 
 
 def uniform(seed: Tensor, rows: Tensor) -> Tensor:
-    """A number in [0, 1) for each row number: splitmix64 (Steele, Lea & Flood, 2014) at these places of its sequence."""
+    """A number in [0, 1) for each row number: splitmix64 (Steele, Lea & Flood, 2014) at that place of its sequence."""
 
     def shifted(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -61,7 +62,7 @@ def sparse_forward(
     seed: Tensor,
     options: HeadOptions,
 ) -> list[Tensor]:
-    """The statistics that are wanted, (1, N) each, and `Entries`; before them, with a factor, `loss_and_grads`' loss."""
+    """The statistics that are wanted, (1, N) each, and `Entries`; with a factor first the loss of `loss_and_grads`."""
     blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
     formula, soft = options.objective, target.is_floating_point()
     total = None if factor is None else torch.zeros_like(factor)
@@ -72,7 +73,7 @@ def sparse_forward(
     counts, parts = torch.zeros_like(numbers), []
     for block in blocks:
         stats = blocks.stats(block, w)
-        if total is not None:
+        if total is not None and factor is not None:
             terms = objective.class_terms(block.target, class_weight, len(weight), formula)
             total += objective.row_losses(stats, terms, formula).sum() * factor
         for whole, part in zip(found, stats.pack(), strict=True):
@@ -114,7 +115,9 @@ def sparse_grads(
             hidden, weight, bias, target, stats.top, stats.lse, rest, g_mass, class_weight, options, needs
         )
     found = _sparse_part(hidden, weight, target, stats, entries, upstream, class_weight, options, needs)
-    found = [part.add_(other) for part, other in zip(found, whole, strict=False)] + whole[len(found) :] if whole else found
+    for part, other in zip(found, whole, strict=False):
+        part += other
+    found += whole[len(found) :]  # that of the target
     return [grad.to(t.dtype) for grad, t in zip(found, tensors, strict=True)]
 
 
@@ -136,9 +139,7 @@ def _sparse_part(
     exact = compute if soft or rank_one else None  # what is still added to
     found = []
     if needs[0]:
-        found.append(
-            dispatch.gather_sums(entries.ends, entries.classes, coefficient, weight, exact or hidden.dtype)
-        )
+        found.append(dispatch.gather_sums(entries.ends, entries.classes, coefficient, weight, exact or hidden.dtype))
     ones = torch.ones(len(hidden), 1, dtype=compute, device=device)
     by_class = dispatch.transpose(entries.ends, entries.classes, coefficient, len(weight)) if any(needs[1:3]) else None
     del coefficient
@@ -186,7 +187,7 @@ def coefficients(
     found, ends = torch.empty(len(entries.p), dtype=dtype, device=target.device), entries.ends
     step = max(1, int(CHUNK * (options.resolution or 1)))  # rows
     edges = [0, *ends[step - 1 :: step].tolist(), len(found)]
-    for i, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(edges)):
         some = torch.arange(i * step, min(len(ends), (i + 1) * step), device=ends.device)
         counts = ends[some] - torch.cat([ends.new_tensor([begin]), ends[some[:-1]]])
         rows = some.repeat_interleave(counts, output_size=end - begin)

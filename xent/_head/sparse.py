@@ -13,16 +13,16 @@ from .._records import Stats, Upstream, compute_dtype
 from .._rows import objective
 from .._rows.functions import OnceDifferentiable, once_differentiable, upstream_of
 from .._rows.operators import UPSTREAM, define, differentiate
+from . import functions
 from .blocks import HeadOptions, Needs
 from .entries import Entries, sparse_forward, sparse_grads
-from . import functions
 from .functions import GONE, OPTIONS, ROWS, NoTransforms, flatten, options_of
 
 SEED = 2**63 - 1
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A number that only the generator knows: the caller's, or the device's own; under all of autograd's modes alike."""
+    """One number of the caller's generator, or of the device's own."""
     if generator is None:
         return torch.randint(SEED, (), device=device)
     return torch.randint(SEED, (), device=generator.device, generator=generator).to(device)
@@ -166,7 +166,7 @@ def _run(*flat: Any) -> list[Tensor]:
     return with_room(sparse_forward(*flat[:7], options_of(flat[7:])), *flat[:2], flat[-1])  # type: ignore[call-arg]
 
 
-def with_room(found: list[Tensor], hidden: Tensor, weight: Tensor, resolution: float) -> list[Tensor]:
+def with_room(found: list[Tensor], hidden: Tensor, weight: Tensor, resolution: Any) -> list[Tensor]:
     """The same, with entries that end in some without meaning: of the size that `empty_entries` says."""
     size = _capacity(len(hidden), len(weight), resolution)
     for i, part in enumerate(found[-2:], len(found) - 2):
@@ -177,10 +177,12 @@ def with_room(found: list[Tensor], hidden: Tensor, weight: Tensor, resolution: f
 
 def _capacity(N: int, C: int, resolution: float) -> int:
     """Entries that there may be: the bound of `row_samples`, and one more in each row for rounding."""
-    return N * torch.sym_min(C, int(1 / resolution) + 3)  # type: ignore[no-any-return]
+    return N * torch.sym_min(C, int(1 / resolution) + 3)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _empty(h: Tensor, W: Tensor, b: Any, y: Tensor, factor: Tensor | None, w: Any, seed: Any, *flat: Any) -> list[Tensor]:
+def _empty(
+    h: Tensor, W: Tensor, b: Any, y: Tensor, factor: Tensor | None, w: Any, seed: Any, *flat: Any
+) -> list[Tensor]:
     total = [] if factor is None else [torch.empty_like(factor)]
     return [*total, *options_of(flat).wanted.empty(h[None], y.is_floating_point()), *empty_entries(h, W, flat[-1])]
 

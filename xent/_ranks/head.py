@@ -47,7 +47,9 @@ def rank_head_stats(
     else:
         found = RankHeadStats.apply(*arguments, group.group_name, options)  # type: ignore[no-untyped-call]
     ignored, weighted = _ignored(target, options), class_weight is not None
-    return combine(Gathered.unpack(found[: len(found) - _entries(seed)]), target[None], ignored, weighted, options.wanted)
+    return combine(
+        Gathered.unpack(found[: len(found) - _entries(seed)]), target[None], ignored, weighted, options.wanted
+    )
 
 
 class RankHeadStats(NoTransforms, torch.autograd.Function):
@@ -152,7 +154,7 @@ def _statistics(
 
 def _run(*flat: Any) -> list[Tensor]:
     found = _statistics(*flat[:7], options_of(flat[7:]))  # type: ignore[call-arg]
-    return found if flat[5] is None else with_room(found, *flat[:2], flat[-1])
+    return found if flat[5] is None else with_room(found, flat[0], flat[1], flat[-1])
 
 
 def _empty(

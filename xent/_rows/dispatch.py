@@ -1,8 +1,8 @@
 """The contract of the primitives, and the choice of the backend that runs them.
 
 Every loss of this package is a function of a few numbers per row, so every pass over the logits is one of the first two
-functions; the sparse gradient of a head (see `_head/sparse.py`) has three of its own. A backend is a module with the first
-two at least, plus `refusal`, which says why it cannot take a given pair of tensors; what it lacks, `eager` does.
+functions; the sparse gradient of a head, see `_head/entries.py`, has three of its own. A backend is a module with the
+first two at least, plus `refusal`, which says why it cannot take a given pair of tensors; what it lacks, `eager` does.
 
 The letters, here and in every backend: logits (A, B, C) with any three strides, so that no layout has to be copied; a
 row is one (a, b), with C classes held here. `x` the raw logits of one row, `z = softcap * tanh(scale * x / softcap)`

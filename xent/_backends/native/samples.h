@@ -7,9 +7,37 @@
 constexpr int GROUP = 64;  // classes: what is looked at one by one where one of them is kept
 constexpr int WIDTH = 1024;  // columns that are summed at a time: they stay in the first-level cache
 
-// p = e^(z - top) factor, and of each GROUP the sum and the largest.
 template <class F>
-LOOP void probabilities_in_groups(const F* z, int n, F top, F factor, F* p, F* sums, F* peaks, const char* logits, int size) {
+struct Lanes {  // of some p: their sum and the largest, in lanes
+    F sum[LANES], peak[LANES];
+};
+
+template <class F>
+INLINE F sum_of(const Lanes<F>& some) {
+    F sum[LANES / 2];
+    for (int k = 0; k < LANES / 2; ++k) sum[k] = some.sum[k] + some.sum[k + LANES / 2];
+    return (sum[0] + sum[4]) + (sum[1] + sum[5]) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+
+template <class F>
+INLINE F peak_of(const Lanes<F>& some) {
+    F peak = some.peak[0];
+    for (int k = 1; k < LANES; ++k) peak = some.peak[k] > peak ? some.peak[k] : peak;
+    return peak;
+}
+
+template <class F>
+INLINE Lanes<F> lanes_of(const F* p) {
+    Lanes<F> some;
+#pragma omp simd
+    for (int k = 0; k < LANES; ++k) some.sum[k] = some.peak[k] = p[k];
+    return some;
+}
+
+// p = e^(z - top) factor of a chunk, and what each GROUP of them and all together come to.
+template <class F>
+LOOP void probabilities_in_groups(const F* z, int n, F top, F factor, F* p, Lanes<F>* groups, Lanes<F>& all, const char* logits, int size) {
+    all = {};
     for (int at = 0; at < whole(n); at += GROUP) {
         F sum[LANES] = {}, peak[LANES] = {};
         const int end = at + GROUP < whole(n) ? at + GROUP : whole(n);
@@ -23,40 +51,49 @@ LOOP void probabilities_in_groups(const F* z, int n, F top, F factor, F* p, F* s
                 peak[k] = e > peak[k] ? e : peak[k];
             }
         }
-        for (int width = LANES / 2; width > 0; width /= 2)
-            for (int k = 0; k < width; ++k) {
-                sum[k] += sum[k + width];
-                peak[k] = peak[k] > peak[k + width] ? peak[k] : peak[k + width];
-            }
-        sums[at / GROUP] = sum[0], peaks[at / GROUP] = peak[0];
+        Lanes<F>& group = groups[at / GROUP];
+#pragma omp simd
+        for (int k = 0; k < LANES; ++k) {
+            group.sum[k] = sum[k], group.peak[k] = peak[k];
+            all.sum[k] += sum[k];
+            all.peak[k] = peak[k] > all.peak[k] ? peak[k] : all.peak[k];
+        }
     }
 }
 
-// Systematic sampling: `sum` runs over the small probabilities, and the class at which it passes `next` is kept. A group
-// without a large one, and whose sum stays below, is skipped whole.
+// Systematic sampling: `sum` runs over the small probabilities, and the class at which it passes `next` is kept. A chunk
+// or a group without a large one, and whose sum stays below, is skipped whole.
 template <class T>
 INLINE int64_t sample_row(const SampleCall& c, int64_t row) {
     using F = Compute<T>;
-    F z_buffer[CHUNK], p[CHUNK], sums[CHUNK / GROUP], peaks[CHUNK / GROUP];
+    F z_buffer[CHUNK], p[CHUNK];
+    Lanes<F> groups[CHUNK / GROUP], all;
     const F top = F(c.top_in[row]), factor = F(std::exp(-c.lse_in[row])), r = F(c.resolution);
     const int64_t y = c.soft() ? -1 : c.y(row) - c.start;
     int32_t* classes = c.classes + row * c.slots;
     F* kept = static_cast<F*>(c.kept) + row * c.slots;
     int64_t count = 0, steps = 0;
     double sum = 0, next = (1 - c.uniform[row]) * c.resolution;
+    const auto skips = [&](const Lanes<F>& some, int64_t first, int count) {
+        if ((first <= y && y < first + count) || !(peak_of(some) < r)) return false;
+        const double later = sum + sum_of(some);
+        if (later < next) sum = later;
+        return later < next;
+    };
     for (int64_t at = 0; at < c.C; at += CHUNK) {
         const int n = c.C - at < CHUNK ? int(c.C - at) : CHUNK;
         const T* x = c.logits.at<T>(row, at);
         const F* z = scores(c, x, n, z_buffer, true);
-        probabilities_in_groups(z, n, top, factor, p, sums, peaks, reinterpret_cast<const char*>(x), int(sizeof(T)));
+        probabilities_in_groups(z, n, top, factor, p, groups, all, reinterpret_cast<const char*>(x), int(sizeof(T)));
+        if (skips(all, at, n)) continue;
         for (int g = 0; g < n; g += GROUP) {
             const int end = g + GROUP < n ? g + GROUP : n;
-            const bool here = at + g <= y && y < at + end;
-            if (!here && peaks[g / GROUP] < r && sum + sums[g / GROUP] < next) {
-                sum += sums[g / GROUP];
-                continue;
-            }
+            if (skips(groups[g / GROUP], at + g, end - g)) continue;
             for (int i = g; i < end; ++i) {
+                if (i % LANES == 0 && skips(lanes_of(p + i), at + i, LANES)) {
+                    i += LANES - 1;
+                    continue;
+                }
                 bool keep = at + i == y || p[i] >= r;
                 if (!keep && p[i] < r) {  // not so a NaN
                     sum += p[i];
