@@ -35,7 +35,7 @@ native = Extension(
     sources=["xent/_backends/native/native.cpp"],
     depends=[
         f"xent/_backends/native/{part}.h"
-        for part in ("blocks", "call", "lanes", "loops", "math", "memory", "rows", "threads")
+        for part in ("blocks", "call", "lanes", "loops", "math", "memory", "rows", "samples", "sparse", "threads")
     ],
     define_macros=[("Py_LIMITED_API", "0x030A0000")] if STABLE_ABI else [],
     py_limited_api=STABLE_ABI,

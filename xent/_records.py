@@ -112,6 +112,14 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
 
 
+class Samples(NamedTuple):
+    """What `row_samples` keeps of some rows, one after the other."""
+
+    counts: Tensor  #   (B,) int64: how many entries each row has
+    classes: Tensor  #  (E,) int32, ascending within a row
+    p: Tensor  #        (E,) their probabilities, in `compute_dtype` of the logits
+
+
 def has_candidates(target: Tensor) -> bool:
     """Whether a target has K classes per row, (A, B, K), and neither one, (A, B), nor probabilities, (A, B, C)."""
     return target.dim() == 3 and not target.is_floating_point()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ._inputs.head import check_max_bytes
-from ._inputs.options import check_options
+from ._inputs.options import check_grad_resolution, check_options
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 
@@ -24,7 +24,7 @@ def _options(function: Callable[..., Tensor], *others: str) -> tuple[str, ...]:
 
 
 OPTIONS = _options(cross_entropy, "target_prob")
-LINEAR_OPTIONS = _options(linear_cross_entropy, "weight", "linear_bias")
+LINEAR_OPTIONS = _options(linear_cross_entropy, "weight", "linear_bias", "generator")
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -111,7 +111,8 @@ class LinearCrossEntropyLoss(nn.Module):
         device, dtype: of the head.
         weight: `(C,)`, a weight for each class; kept as the buffer `weight`.
         reduction, ignore_index, label_smoothing, normalizer, on_empty, z_loss, softcap, logit_scale, loss_dtype, shift,
-            max_bytes, group: see :func:`xent.linear_cross_entropy`.
+            max_bytes, group, grad_resolution: see :func:`xent.linear_cross_entropy`; what is random there is drawn from
+            the device's default generator.
 
     Shapes:
         input `(..., D)`; target `(...)`, or `(..., C)` for probabilities; the result is 0-d, or of the target's shape
@@ -157,10 +158,12 @@ class LinearCrossEntropyLoss(nn.Module):
         shift: bool = False,
         max_bytes: int | None = None,
         group: ProcessGroup | None = None,
+        grad_resolution: float | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in LINEAR_OPTIONS}
         check_options(**given | {"ignore_index": -100 if ignore_index is None else ignore_index})
         check_max_bytes(max_bytes)
+        check_grad_resolution(grad_resolution, softcap, label_smoothing)
         super().__init__()
         self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
         rows = num_classes * math.prod(self.out_features)

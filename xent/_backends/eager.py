@@ -1,4 +1,4 @@
-"""The two primitives in torch operations: the specification, for any device and dtype.
+"""The primitives in torch operations: the specification, for any device and dtype.
 
 Rows are taken in blocks, so that nothing else of the size of the logits ever exists; on the CPU in blocks whose scores
 fit in the cache, so that the passes over a block (maximum, subtraction, exp, sum) read DRAM once between them.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._records import RowSpec, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
+from .._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
 from . import advise_huge_pages, blocks, check_range, rows_of_block, scores, slope
 
 CACHE_BYTES = 2 << 20  # of scores per block: what the second-level caches of a few cores hold twice
@@ -129,6 +129,53 @@ def row_gradient(
     if ignored is not None and drop:
         out[ignored[..., 0].nonzero(as_tuple=True)] = 0
     return out
+
+
+def row_samples(
+    logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, uniform: Tensor, spec: RowSpec, resolution: float
+) -> Samples:
+    """See `xent._rows.dispatch.row_samples`."""
+    C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
+    counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+    classes, kept = [counts.new_empty(0, dtype=torch.int32)], [logits.new_empty(0, dtype=compute_dtype(logits))]
+    for rows in _blocks(logits, target, spec.ignore_index):
+        z = scores(logits[rows], spec.scale, spec.softcap).view(-1, C)
+        base, factor = (x[rows].to(z.dtype).view(-1, 1) for x in (top, torch.exp(-lse)))
+        p, u = torch.exp(z - base) * factor, uniform[rows[1]].to(dtype)[:, None]
+        small, keep = p < resolution, p >= resolution
+        if not soft:
+            y, here = _local(target[rows].view(-1, 1), spec.start, C)
+            small.scatter_(1, y, small.gather(1, y) & ~here)
+            keep.scatter_(1, y, keep.gather(1, y) | here)
+        steps = (torch.where(small, p, 0).cumsum(1, dtype=dtype) / resolution + u).floor_()
+        keep |= steps.diff(dim=1, prepend=u.floor()) > 0
+        if not soft:
+            keep &= (target[rows] != spec.ignore_index).view(-1, 1)
+        counts[rows[1]] = keep.sum(1)
+        classes.append(keep.nonzero()[:, 1].int())
+        kept.append(p[keep])
+    return Samples(counts, torch.cat(classes), torch.cat(kept))
+
+
+def transpose(ends: Tensor, classes: Tensor, coefficient: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `xent._rows.dispatch.transpose`."""
+    found, order = classes.sort(stable=True)
+    rows = torch.searchsorted(ends, order, right=True, out_int32=True)
+    return torch.searchsorted(found, torch.arange(C, device=ends.device), right=True), rows, coefficient[order]
+
+
+def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `xent._rows.dispatch.gather_sums`. Half-precision rows become float32 some columns at a time."""
+    kind = torch.int32 if len(index) < 2**31 else torch.int64
+    offsets, index = torch.nn.functional.pad(ends, (1, 0)).to(kind), index.to(kind)
+    found = torch.empty(len(ends), rows.shape[1], dtype=dtype, device=rows.device)
+    width = rows.shape[1] if rows.dtype == coefficient.dtype else rows_of_block(rows.T, CACHE_BYTES)
+    for at in range(0, rows.shape[1], width):
+        part = rows[:, at : at + width].to(coefficient.dtype)
+        found[:, at : at + width] = torch.nn.functional.embedding_bag(
+            index, part, offsets, mode="sum", per_sample_weights=coefficient, include_last_offset=True
+        )
+    return found
 
 
 def _weighted(coefficient: Tensor, class_weight: Tensor | None) -> Tensor:

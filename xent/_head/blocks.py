@@ -47,6 +47,7 @@ class HeadOptions(NamedTuple):
     z_loss: float = 0.0
     entropy: bool = False
     argmax: bool = False
+    resolution: float | None = None  # of a sparse gradient, see sparse.py
 
     @property
     def wanted(self) -> Wanted:

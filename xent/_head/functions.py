@@ -188,7 +188,7 @@ def stats_backward(
 
 OPTIONS = (
     f"{SPEC}, ScalarType dtype, SymInt max_bytes, SymInt shift, float label_smoothing, float z_loss, "
-    "bool entropy, bool argmax"
+    "bool entropy, bool argmax, float? resolution"
 )
 ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 PER_ROW = f"Tensor top, Tensor lse, {UPSTREAM}, Tensor? g_mass, Tensor? class_weight"

@@ -96,6 +96,25 @@ def check_transform(logit_scale: float, softcap: float | None) -> None:
             raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
 
 
+def check_grad_resolution(
+    grad_resolution: float | None, softcap: float | None, label_smoothing: float = 0.0, generator: object = None
+) -> None:
+    """A probability, above which the gradient of a linear head is as it is."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if grad_resolution is None:
+        if generator is not None:
+            raise ValueError("generator: nothing is random without grad_resolution")
+        return
+    if not (isinstance(grad_resolution, float) and 0 < grad_resolution < 1):
+        raise ValueError(f"grad_resolution: expected None or a float in (0, 1), got {grad_resolution!r}")
+    if softcap is not None and label_smoothing > 0:
+        raise ValueError(
+            "grad_resolution: expected no softcap beside label_smoothing, whose part of the gradient is then neither "
+            f"sparse nor of rank one, got softcap={softcap}, label_smoothing={label_smoothing}"
+        )
+
+
 def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool, sharded: bool = False) -> None:
     """A class weight is floating and of shape (C,); beside index targets a constant.
 

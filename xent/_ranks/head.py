@@ -20,9 +20,11 @@ from torch.distributed import ProcessGroup
 from .. import _torch
 from .._head import blocks
 from .._head.blocks import HeadOptions
+from .._head.entries import Entries, sparse_forward
 from .._head.functions import GONE, OPTIONS, ROWS, NoTransforms, flatten, options_of, stats_backward
+from .._head.sparse import empty_entries, sparse_backward, with_room
 from .._records import Stats, compute_dtype
-from .._rows.functions import once_differentiable
+from .._rows.functions import once_differentiable, upstream_of
 from .._rows.objective import ClassTerms
 from .._rows.operators import define, differentiate
 from .combine import Gathered, combine, empty_gathered, gather
@@ -34,21 +36,27 @@ def rank_head_stats(
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
+    seed: Tensor | None,
     options: HeadOptions,
     group: ProcessGroup,
 ) -> tuple[Stats, ClassTerms]:
     """Differentiable `Stats` over the classes of all ranks, from the rows (N, D) and this rank's part of the head."""
-    arguments = (hidden, weight, bias, target, class_weight)
+    arguments = (hidden, weight, bias, target, class_weight, seed)
     if torch.compiler.is_compiling():
         found = torch.ops.xent.rank_head_statistics(*arguments, group.group_name, *flatten(options))
     else:
         found = RankHeadStats.apply(*arguments, group.group_name, options)  # type: ignore[no-untyped-call]
     ignored, weighted = _ignored(target, options), class_weight is not None
-    return combine(Gathered.unpack(found), target[None], ignored, weighted, options.wanted)
+    return combine(
+        Gathered.unpack(found[: len(found) - _entries(seed)]), target[None], ignored, weighted, options.wanted
+    )
 
 
 class RankHeadStats(NoTransforms, torch.autograd.Function):
-    """(hidden, weight, bias, target, class_weight) -> `Gathered`; backward goes through the blocks again."""
+    """(hidden, weight, bias, target, class_weight) -> `Gathered`; backward goes through the blocks again.
+
+    With a seed, `Entries` too: of the rank's own softmax, whose share of the whole is in what flows back.
+    """
 
     @staticmethod
     def forward(
@@ -57,38 +65,51 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         class_weight: Tensor | None,
+        seed: Tensor | None,
         group: str,
         options: HeadOptions,
     ) -> tuple[Tensor, ...]:
-        arguments = (hidden, weight, bias, target, class_weight)
+        arguments = (hidden, weight, bias, target, class_weight, seed)
         if _torch.is_traced(*arguments):
             return tuple(torch.ops.xent.rank_head_statistics(*arguments, group, *flatten(options)))
         return tuple(_statistics(*arguments, group, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, ctx.group, ctx.options = inputs
+        *tensors, _, seed, ctx.group, ctx.options = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *Gathered.unpack(output))
+        count = len(output) - _entries(seed)
+        ctx.save_for_backward(*tensors, *Gathered.unpack(output[:count]), *output[count:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 7
+            return (None,) * 8
         hidden, weight, bias, target, *found = ctx.saved_tensors
-        gathered, group, options = Gathered(*found), _torch.process_group(ctx.group), ctx.options
+        gathered, group, options = Gathered(*found[:3]), _torch.process_group(ctx.group), ctx.options
         ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[:4], len(weight)
         y, own, flowing = gathered.of_rank(group.rank(), g, target, ignore_index, C, options.wanted)
         local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
-        saved = (hidden, weight, bias, y, gathered.part, own.top, own.lse, own.entropy)
         with torch.no_grad():
-            grads = stats_backward(saved, flowing, local, needs)
+            if found[3:]:
+                given = options.wanted.unpack(flowing, y.is_floating_point())
+                upstream, row = upstream_of(given, own.lse, own.entropy, y[None]), (hidden, weight, bias, y)
+                rest = (given.mass, gathered.part, local, needs)
+                grads = sparse_backward(row, own, Entries(*found[3:]), upstream, *rest)
+            else:
+                saved = (hidden, weight, bias, y, gathered.part, own.top, own.lse, own.entropy)
+                grads = stats_backward(saved, flowing, local, needs)
             if needs[0] and grads[0] is not None and group.size() > 1:
                 total = _torch.all_reduce(grads[0].to(compute_dtype(grads[0])), ctx.group)
                 grads[0] = total.to(hidden.dtype)
         sources = (hidden, weight, bias, target)
-        return *[once_differentiable(grad, sources, GONE) for grad in grads], *[None] * 3
+        return *[once_differentiable(grad, sources, GONE) for grad in grads], *[None] * 4
+
+
+def _entries(seed: Tensor | None) -> int:
+    """How many tensors come after those of `Gathered`."""
+    return 0 if seed is None else 3
 
 
 def _ignored(target: Tensor, options: HeadOptions) -> Tensor | None:
@@ -106,32 +127,44 @@ def _statistics(
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
+    seed: Tensor | None,
     group: str,
     options: HeadOptions,
 ) -> list[Tensor]:
+    entries: list[Tensor] = []
+
     def local(start: int, total: int, part: Tensor | None) -> Stats:
         own = options._replace(spec=options.spec._replace(start=start, classes=total))
-        found = blocks.stats_of(hidden, weight, bias, target, part, own)
+        if seed is None:
+            found = blocks.stats_of(hidden, weight, bias, target, part, own)
+        else:  # another one on each rank, where all draw the same
+            of_rank = seed + start
+            *found, ends, classes, p = sparse_forward(hidden, weight, bias, target, None, part, of_rank, own)
+            entries[:] = [ends, classes, p]
         return options.wanted.unpack(found, target.is_floating_point())
 
     ignore_index, scale, softcap, *_ = options.spec
     note = f"{len(hidden)} rows of {hidden.shape[1]} {options.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
     held, ignored = (len(weight), options.weight_dtype), _ignored(target, options)
-    return gather(group, note, target[None], ignored, class_weight, held, options.wanted, local).pack()
+    return gather(group, note, target[None], ignored, class_weight, held, options.wanted, local).pack() + entries
 
 
 # ---------------------------------------------------------------------------------------------------- operators
 
 
 def _run(*flat: Any) -> list[Tensor]:
-    return _statistics(*flat[:6], options_of(flat[6:]))  # type: ignore[call-arg]
+    found = _statistics(*flat[:7], options_of(flat[7:]))  # type: ignore[call-arg]
+    return found if flat[5] is None else with_room(found, flat[0], flat[1], flat[-1])
 
 
-def _empty(h: Tensor, W: Tensor, b: Any, y: Tensor, w: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
+def _empty(
+    h: Tensor, W: Tensor, b: Any, y: Tensor, w: Tensor | None, seed: Tensor | None, group: str, *flat: Any
+) -> list[Tensor]:
     options, ranks = options_of(flat), _torch.process_group(group).size()
-    return empty_gathered(y[None], (len(W), options.weight_dtype), w is not None, ranks, options.wanted)
+    found = empty_gathered(y[None], (len(W), options.weight_dtype), w is not None, ranks, options.wanted)
+    return found if seed is None else found + empty_entries(h, W, flat[-1])
 
 
-_SCHEMA = f"({ROWS}, Tensor? class_weight, str group, {OPTIONS}) -> Tensor[]"
+_SCHEMA = f"({ROWS}, Tensor? class_weight, Tensor? seed, str group, {OPTIONS}) -> Tensor[]"
 define("rank_head_statistics", _SCHEMA, _run, _empty)
-differentiate("rank_head_statistics", RankHeadStats, lambda *flat: (*flat[:6], options_of(flat[6:])))
+differentiate("rank_head_statistics", RankHeadStats, lambda *flat: (*flat[:7], options_of(flat[7:])))

@@ -1,8 +1,8 @@
-"""The contract of the two primitives, and the choice of the backend that runs them.
+"""The contract of the primitives, and the choice of the backend that runs them.
 
-Every loss of this package is a function of a few numbers per row, so every pass over the logits is one of these two
-functions. A backend is a module with exactly these two, plus `refusal`, which says why it cannot take a given pair of
-tensors.
+Every loss of this package is a function of a few numbers per row, so every pass over the logits is one of the first two
+functions; the sparse gradient of a head, see `_head/entries.py`, has three of its own. A backend is a module with the
+first two at least, plus `refusal`, which says why it cannot take a given pair of tensors; what it lacks, `eager` does.
 
 The letters, here and in every backend: logits (A, B, C) with any three strides, so that no layout has to be copied; a
 row is one (a, b), with C classes held here. `x` the raw logits of one row, `z = softcap * tanh(scale * x / softcap)`
@@ -11,8 +11,10 @@ row is one (a, b), with C classes held here. `x` the raw logits of one row, `z =
 
     row_statistics  reads every logit once, writes nothing but one number per row
     row_gradient    reads every logit once, writes every gradient once
+    row_samples     reads every logit once, writes a few probabilities per row: the others are rounded, at random, to 0
+    transpose, gather_sums    the products of a sparse matrix, which has such entries, with a dense one
 
-Both keep these promises:
+All keep these promises:
 
 - Statistics and upstream gradients are float64 (float32 where the device has none). Scores are relative to the row's
   largest, `top`: `lse - picked` stays exact to the last bit of the logits however far from 0 they all lie.
@@ -36,7 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._backends import check_range
-from .._records import RowSpec, Stats, Upstream, Wanted, has_candidates, rows_that_count
+from .._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype, has_candidates, rows_that_count
 from . import candidates
 
 BACKENDS = ("native", "triton", "eager")  # in order of preference
@@ -99,6 +101,61 @@ def row_gradient(
     if out is not None:  # whoever saved the old values for backward finds out, as after any in-place operation
         torch.autograd.graph.increment_version(out)
     return found
+
+
+def row_samples(
+    logits: Float[Tensor, "1 B C"],
+    target: Int[Tensor, "1 B"] | Float[Tensor, "1 B C"],
+    top: Float[Tensor, "1 B"],
+    lse: Float[Tensor, "1 B"],
+    uniform: Float[Tensor, " B"],
+    spec: RowSpec,
+    resolution: float,
+) -> Samples:
+    """The entries that are kept of each row of p = exp(z - top - lse), its classes in ascending order.
+
+    An index target's own class is kept if it is held here; a class with p >= r; and of the rest, those at which
+    floor(S / r + u) steps up, S the sum of p over the rest so far and u the row's number in [0, 1), uniform at random:
+    so each with probability p / r, at most 1 / r + 2 in all. Where p is NaN nothing else is kept.
+    """
+    if logits.numel() == 0:
+        counts = logits.new_zeros(logits.shape[1], dtype=torch.int64)
+        return Samples(counts, logits.new_empty(0, dtype=torch.int32), logits.new_empty(0, dtype=compute_dtype(logits)))
+    module = _with("row_samples", backend_for(logits, target))
+    return module.row_samples(logits, target, top, lse, uniform, spec, resolution)  # type: ignore[no-any-return]
+
+
+def transpose(
+    ends: Int[Tensor, " N"], classes: Int[Tensor, " E"], coefficient: Float[Tensor, " E"], C: int
+) -> tuple[Int[Tensor, " C"], Int[Tensor, " E"], Float[Tensor, " E"]]:
+    """The entries of rows, the n-th from ends[n - 1] to ends[n], as entries of C classes: (ends, rows, coefficient).
+
+    Those of a class keep the order of their rows.
+    """
+    module = _with("transpose", backend_for(coefficient.view(1, 1, -1), classes[:1].view(1, -1)))
+    return module.transpose(ends, classes, coefficient, C)  # type: ignore[no-any-return]
+
+
+def gather_sums(
+    ends: Int[Tensor, " S"],
+    index: Int[Tensor, " E"],
+    coefficient: Float[Tensor, " E"],
+    rows: Float[Tensor, "R D"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "S D"]:
+    """out_s = sum of coefficient_e rows[index_e] over the entries e from ends[s - 1] to ends[s], in that order.
+
+    Summed in the dtype of the coefficients, which is `compute_dtype`, and rounded once, to `dtype`.
+    """
+    if len(index) == 0 or rows.numel() == 0:
+        return rows.new_zeros(len(ends), rows.shape[1], dtype=dtype)
+    module = _with("gather_sums", backend_for(rows[None], index[:1].expand(1, len(rows))))
+    return module.gather_sums(ends, index, coefficient, rows, dtype)  # type: ignore[no-any-return]
+
+
+def _with(primitive: str, module: ModuleType) -> ModuleType:
+    """The backend, or `eager` in its place."""
+    return module if hasattr(module, primitive) else load("eager")  # type: ignore[return-value]
 
 
 def _no_logits(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted) -> Stats:

@@ -58,6 +58,11 @@ class HeadOutput:
         """The device that logits would be on."""
         return self.hidden.device
 
+    @property
+    def grad_resolution(self) -> float | None:
+        """Of the head, see :func:`xent.linear_cross_entropy`."""
+        return getattr(self.head, "grad_resolution", None)
+
     def transform(self) -> tuple[float, float | None]:
         """(logit_scale, softcap) as :func:`xent.cross_entropy` takes them."""
         if self.after is None:
@@ -137,6 +142,7 @@ class FusedHead(nn.Linear):
     """
 
     deferring: bool
+    grad_resolution: float | None = None
 
     def forward(self, hidden: Tensor, loss: Callable[..., Tensor] | None = None) -> Any:
         """Logits, or what they would be made of, or their loss."""

@@ -30,7 +30,9 @@ from ._head import FusedHead, HeadOutput, missing
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -> Model:
+def use_xent(
+    model: Model, *, fused_head: bool = False, grad_resolution: float | None = None, restore: bool = False
+) -> Model:
     r"""Let a Transformers model compute its loss, :math:`\mathrm{lse}(x) - x_y` in nats, with xent; in place.
 
     The labels, their shift, -100, `num_items_in_batch` and the float32 loss stay what they were. Without `fused_head`
@@ -43,6 +45,7 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
             head is a plain `torch.nn.Linear`, of shape `(V, D)`, tied or not, with a bias or not. Hidden states are
             `(B, T, D)`, labels `(B, T)`, both of any dtype that the model takes.
         fused_head: whether training steps go without logits.
+        grad_resolution: with `fused_head`, an unbiased sparse gradient, see :func:`xent.linear_cross_entropy`: 1/1024.
         restore: undo, whatever was done; the other way is to load the model again.
 
     Returns:
@@ -50,7 +53,8 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
 
     Raises:
         TypeError: `model` is not a :class:`transformers.PreTrainedModel`.
-        ValueError: the model's loss or head is not one that can be replaced; the message says why. Patch a model
+        ValueError: `grad_resolution` without `fused_head`, or out of its range; or the model's loss or head is not one
+            that can be replaced; the message says why. Patch a model
             before it is given to accelerate, PEFT or FSDP, which put their own forward over it.
         RuntimeError: in a training step, something other than a scale or a softcap is applied to the logits.
 
@@ -73,6 +77,13 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
     if not isinstance(model, PreTrainedModel):
         of_peft = "; of a PEFT model patch its get_base_model()" if hasattr(model, "get_base_model") else ""
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}{of_peft}")
+    if grad_resolution is not None and not (
+        fused_head and isinstance(grad_resolution, float) and 0 < grad_resolution < 1
+    ):
+        raise ValueError(
+            f"grad_resolution: expected None, or a float in (0, 1) beside fused_head=True, got {grad_resolution!r} and "
+            f"{fused_head=}"
+        )
     _restore(model)
     if restore:
         return model
@@ -80,7 +91,7 @@ def use_xent(model: Model, *, fused_head: bool = False, restore: bool = False) -
     if fused_head:
         head = _plain_head(model)
         head.__class__ = FusedHead
-        head.deferring = False
+        head.deferring, head.grad_resolution = False, grad_resolution
         kind: Any = type(model)
         model.__class__ = _fused_class(kind)
     model.loss_function = loss
@@ -115,6 +126,7 @@ def _causal_loss(
             logit_scale=scale,
             shift=shift_labels is None,
             loss_dtype=torch.float32,
+            grad_resolution=logits.grad_resolution,
         )
         return logits.head(logits.hidden, loss)  # type: ignore[no-any-return]
     if shift_labels is None:  # the labels move, not the logits: a slice of them in T is not rows and would be copied
@@ -217,6 +229,6 @@ def _restore(model: PreTrainedModel) -> None:
         head: Any = model.get_output_embeddings()
         if hasattr(head, "deferring"):
             head.__class__ = nn.Linear
-            del head.deferring
+            del head.deferring, head.grad_resolution
     if vars(model).get("_loss_function") in LOSSES.values():
         del model._loss_function

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ... import _torch
-from ..._records import RowSpec, Stats, Upstream, Wanted, compute_dtype
-from .. import check_range, elements_are_apart
+from ..._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
+from .. import advise_huge_pages, check_range, elements_are_apart
 
 try:
     from . import _native  # type: ignore[attr-defined]
@@ -32,6 +32,7 @@ LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 TARGETS = {torch.int64: 0, torch.int32: 1} | {dtype: 2 + i for dtype, i in LOGITS.items()}  # the order of `Target`
 SOFT = 2  # the first kind of target that is probabilities
 NUMBERS = ("top", "lse", "g_lse", "g_picked", "g_wsum", "g_entropy")
+SLOTS = 1 << 18  # entries of the rows that are sampled in one call
 THREADED = 1 << 16  # logits: fewer are done before other threads have woken up
 
 
@@ -70,7 +71,8 @@ def row_gradient(
     kind = _taken(logits, target)
     weight = None if class_weight is None else _class_weight(logits, class_weight)
     shape = logits.shape[:2]
-    numbers = [None if x is None else _per_row(i, x, shape) for i, x in enumerate((top, lse, *upstream))]
+    given = zip(NUMBERS, (top, lse, *upstream), strict=True)
+    numbers = [None if x is None else _per_row(name, x, shape) for name, x in given]
     fresh = out is None
     if out is None:
         out = torch.empty_like(logits)
@@ -80,6 +82,51 @@ def row_gradient(
         *_read(logits, target, kind, spec, weight),
         *[part for x in numbers for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(1)))],
         out.data_ptr(), *out.stride(), out.itemsize, fresh,
+    )  # fmt: skip
+    return out
+
+
+def row_samples(
+    logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, uniform: Tensor, spec: RowSpec, resolution: float
+) -> Samples:
+    """See `xent._rows.dispatch.row_samples`. As many rows at a time as have few slots for their entries."""
+    _, B, C = logits.shape
+    if logits.stride(2) != 1:
+        logits = logits.contiguous()
+    slots, dtype = min(C, int(1 / resolution) + 3), compute_dtype(logits)
+    uniform, parts = uniform.double().contiguous(), []
+    step = max(1, SLOTS // slots)
+    for part in (slice(at, at + step) for at in range(0, B, step)):
+        x, y = logits[:, part], target[:, part]
+        numbers = [_per_row(name, n[:, part], x.shape[:2]) for name, n in (("top", top), ("lse", lse))]
+        classes = torch.empty(x.shape[1] * slots, dtype=torch.int32)
+        p, counts = torch.empty(len(classes), dtype=dtype), torch.empty(x.shape[1], dtype=torch.int64)
+        _native.samples(
+            *_read(x, y, _taken(x, y), spec, None), *[n for x in numbers for n in (x.data_ptr(), x.stride(1))],
+            uniform[part].data_ptr(), resolution, slots, classes.data_ptr(), p.data_ptr(), counts.data_ptr(),
+        )  # fmt: skip
+        count = int(counts.sum())
+        parts.append((counts, classes[:count].clone(), p[:count].clone()))
+    return Samples(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def transpose(ends: Tensor, classes: Tensor, coefficient: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `xent._rows.dispatch.transpose`."""
+    given = [t.contiguous() for t in (ends, classes, coefficient)]
+    found = torch.empty(C, dtype=torch.int64), torch.empty_like(given[1]), torch.empty_like(given[2])
+    addresses = [t.data_ptr() for t in (*given, *found)]
+    _native.transpose(len(ends), C, coefficient.dtype is FLOAT64, *addresses)
+    return found
+
+
+def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `xent._rows.dispatch.gather_sums`."""
+    ends, index, coefficient = ends.contiguous(), index.int().contiguous(), coefficient.contiguous()
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = advise_huge_pages(torch.empty(len(ends), rows.shape[1], dtype=dtype))
+    _native.gather_sums(
+        len(ends), len(index), rows.shape[1], ends.data_ptr(), index.data_ptr(), coefficient.data_ptr(),
+        rows.data_ptr(), rows.stride(0), out.data_ptr(), LOGITS[dtype], LOGITS[rows.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -127,12 +174,10 @@ def _taken(logits: Tensor, target: Tensor) -> int:
     return kind
 
 
-def _per_row(i: int, x: Tensor, shape: torch.Size) -> Tensor:
-    """The i-th of `NUMBERS`, (A, B), with one stride from row to row: all side by side, or one number for all."""
+def _per_row(name: str, x: Tensor, shape: torch.Size) -> Tensor:
+    """(A, B) with one stride from row to row: all side by side, or one number for all."""
     if x.shape != shape or not x.is_cpu:
-        raise ValueError(
-            f"{NUMBERS[i]}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}"
-        )
+        raise ValueError(f"{name}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}")
     if x.dtype is not FLOAT64 or x.is_neg():
         x = x.resolve_neg().to(FLOAT64)
     return x if x.is_contiguous() or x.stride() == (0, 0) else x.contiguous()

@@ -13,6 +13,7 @@
 #include "call.h"
 #include "math.h"
 #include "memory.h"
+#include "sparse.h"
 #include "threads.h"
 
 namespace {
@@ -24,6 +25,7 @@ namespace avx512 {
 #define NAME "avx512"
 #define LOOP __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #include "rows.h"
+#include "samples.h"
 #undef LOOP
 #undef NAME
 }  // namespace avx512
@@ -32,6 +34,7 @@ namespace avx2 {
 #define NAME "avx2"
 #define LOOP __attribute__((noinline, target("avx2,fma")))
 #include "rows.h"
+#include "samples.h"
 #undef LOOP
 #undef NAME
 }  // namespace avx2
@@ -45,6 +48,7 @@ namespace baseline {  // what the compiler may assume anyway: SSE2 on x86-64, NE
 #define LOOP
 #endif
 #include "rows.h"
+#include "samples.h"
 }  // namespace baseline
 
 // The usable sets, best first.
@@ -63,6 +67,14 @@ int available(const Kernels** sets) {
 }
 
 const Kernels* kernels;  // in use
+
+const SparseKernels& sparse_kernels() {
+#if defined(__GNUC__) && defined(__x86_64__)
+    if (kernels == &avx512::KERNELS) return avx512::SPARSE;
+    if (kernels == &avx2::KERNELS) return avx2::SPARSE;
+#endif
+    return baseline::SPARSE;
+}
 
 // ------------------------------------------------------------------------------------------------- the primitives
 
@@ -192,6 +204,62 @@ PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
+PyObject* py_samples(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 29)) return nullptr;
+    Arguments a{args};
+    SampleCall c{};
+    static_cast<Call&>(c) = read_call(a);
+    const int64_t dtype = a.integer(), threads = a.integer();
+    c.top_in = a.per_row(), c.lse_in = a.per_row();
+    c.uniform = a.address<double>(), c.resolution = a.real(), c.slots = a.integer();
+    c.classes = a.address<int32_t>(), c.kept = a.address<void>(), c.counts = a.address<int64_t>();
+    if (unreadable(c, {c.top_in.data, c.lse_in.data, c.uniform, c.classes, c.kept, c.counts})) return nullptr;
+    PyThreadState* state = PyEval_SaveThread();
+    c.rows_per_task = 1, c.parts = 1, c.classes_per_task = c.C;
+    run(sparse_kernels().samples[dtype], c, unsigned(threads));
+    pack(c, dtype == 3 ? 8 : 4);
+    PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
+// (N, C, float64?, addresses: ends, classes, coefficient, and of the results: ends, rows, coefficient)
+PyObject* py_transpose(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 9)) return nullptr;
+    Arguments a{args};
+    const int64_t N = a.integer(), C = a.integer(), doubles = a.integer();
+    const int64_t* ends = a.address<int64_t>();
+    const int32_t* classes = a.address<int32_t>();
+    const void* coefficient = a.address<void>();
+    int64_t* class_ends = a.address<int64_t>();
+    int32_t* rows = a.address<int32_t>();
+    void* moved = a.address<void>();
+    if (PyErr_Occurred()) return nullptr;
+    PyThreadState* state = PyEval_SaveThread();
+    const auto as = [&](auto F) {
+        using Number = decltype(F);
+        transpose(N, C, ends, classes, static_cast<const Number*>(coefficient), class_ends, rows, static_cast<Number*>(moved));
+    };
+    doubles ? as(double()) : as(float());
+    PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
+PyObject* py_gather_sums(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 12)) return nullptr;
+    Arguments a{args};
+    SumsCall c{};
+    c.N = a.integer(), c.E = a.integer(), c.D = a.integer();
+    c.ends = a.address<int64_t>(), c.index = a.address<int32_t>(), c.coefficient = a.address<void>();
+    c.rows = a.address<void>(), c.stride = a.integer(), c.sums = a.address<void>(), c.out_kind = a.integer();
+    const int64_t dtype = a.integer(), threads = a.integer();
+    if (PyErr_Occurred()) return nullptr;
+    PyThreadState* state = PyEval_SaveThread();
+    c.rows_per_task = c.N / 1024 + 1, c.parts = 1, c.classes_per_task = 0;
+    run(sparse_kernels().gather_sums[dtype], c, unsigned(threads));
+    PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
 // (address of the entry point, whether it is kmpc's)
 PyObject* py_use_openmp(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 2)) return nullptr;
@@ -247,6 +315,9 @@ PyMODINIT_FUNC PyInit__native() {
     static PyMethodDef methods[] = {
         {"statistics", fast(py_statistics), METH_FASTCALL, nullptr},
         {"gradient", fast(py_gradient), METH_FASTCALL, nullptr},
+        {"samples", fast(py_samples), METH_FASTCALL, nullptr},
+        {"transpose", fast(py_transpose), METH_FASTCALL, nullptr},
+        {"gather_sums", fast(py_gather_sums), METH_FASTCALL, nullptr},
         {"use_openmp", fast(py_use_openmp), METH_FASTCALL, nullptr},
         {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
         {"use", py_use, METH_O, nullptr},

@@ -1,0 +1,204 @@
+"""An unbiased sparse gradient of a linear head: the loss for its forward product, and a little for backward.
+
+With P the softmax of all rows, dh = G W and dW = G^T h multiply by
+
+    G = diag(g_lse) P  +  one entry per row, the target's  +  g_wsum w^T
+
+and of P nearly all is dust. `row_samples` keeps a probability p >= r as it is and rounds a smaller one to r or to 0, at
+random, so that it is p on average: at most 1 / r + 2 entries per row. The other two terms are as they are: one entry,
+computed in float64, and a matrix of rank one.
+
+Forward saves these entries, so that no logits are needed again and none are held. A row's random number is a hash of
+the call's seed and the row's number: neither threads nor blocks change it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._backends import slope
+from .._records import Stats, Upstream, compute_dtype, statistics_dtype
+from .._rows import dispatch, objective
+from .blocks import Blocks, HeadOptions, Needs, in_their_dtypes, stats_grads
+
+CHUNK = 1 << 20  # entries that are worked on at a time, in torch operations
+GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64
+
+
+class Entries(NamedTuple):
+    """The sparse softmax: of row n the entries from ends[n - 1] to ends[n]."""
+
+    ends: Tensor  #     (N,) int64
+    classes: Tensor  #  (E,) int32
+    p: Tensor  #        (E,) probabilities, in `compute_dtype`; those below the resolution count as that
+
+
+def uniform(seed: Tensor, rows: Tensor) -> Tensor:
+    """A number in [0, 1) for each row number: splitmix64 (Steele, Lea & Flood, 2014) at that place of its sequence."""
+
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = seed + (rows + 1) * GOLDEN
+    x = (x ^ shifted(x, 30)) * FIRST
+    x = (x ^ shifted(x, 27)) * SECOND
+    dtype = statistics_dtype(x.device)
+    bits = 53 if dtype == torch.float64 else 24
+    return shifted(x ^ shifted(x, 31), 64 - bits).to(dtype) * 2.0**-bits
+
+
+@in_their_dtypes
+def sparse_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor | None,
+    class_weight: Tensor | None,
+    seed: Tensor,
+    options: HeadOptions,
+) -> list[Tensor]:
+    """The statistics that are wanted, (1, N) each, and `Entries`; with a factor first the loss of `loss_and_grads`."""
+    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
+    formula = options.objective
+    total = None if factor is None else torch.zeros_like(factor)
+    found = options.wanted.empty(hidden[None], target[None])
+    for stat in found:  # of a row that is left out
+        stat.fill_(0 if stat.is_floating_point() else -1)
+    numbers = torch.arange(len(hidden), device=hidden.device)
+    counts, parts = torch.zeros_like(numbers), []
+    for block in blocks:
+        stats = blocks.stats(block, w)
+        if total is not None and factor is not None:
+            terms = objective.class_terms(block.target, class_weight, len(weight), formula)
+            total += objective.row_losses(stats, terms, formula).sum() * factor
+        for whole, part in zip(found, stats.pack(), strict=True):
+            whole[:, block.rows] = part
+        u = uniform(seed, numbers[block.rows])
+        samples = dispatch.row_samples(
+            block.logits, block.target, stats.top, stats.lse, u, options.spec, options.resolution or 0
+        )
+        counts[block.rows] = samples.counts
+        parts.append(samples)
+    none = [counts.new_empty(0, dtype=torch.int32)], [hidden.new_empty(0, dtype=compute_dtype(hidden))]
+    classes = torch.cat([part.classes for part in parts] or none[0])
+    p = torch.cat([part.p for part in parts] or none[1])
+    return [*([] if total is None else [total]), *found, counts.cumsum(0), classes, p]
+
+
+@in_their_dtypes
+def sparse_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    stats: Stats,
+    entries: Entries,
+    upstream: Upstream,
+    g_mass: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+    needs: Needs,
+) -> list[Tensor]:
+    """Gradients of (hidden, weight, bias, target), as far as they are wanted, each in its tensor's dtype."""
+    count = int(entries.ends[-1]) if len(entries.ends) else 0  # behind them there may be room that no row took
+    entries = entries._replace(classes=entries.classes[:count], p=entries.p[:count])
+    tensors = [t for t, needed in zip((hidden, weight, bias, target), needs, strict=True) if needed and t is not None]
+    whole: list[Tensor] = []
+    if target.is_floating_point():  # all but p is dense: it takes its products, and the logits once more
+        rest = Upstream(torch.zeros_like(upstream.lse), upstream.picked, upstream.wsum)
+        whole = stats_grads(
+            hidden, weight, bias, target, stats.top, stats.lse, rest, g_mass, class_weight, options, needs
+        )
+    found = _sparse_part(hidden, weight, target, stats, entries, upstream, class_weight, options, needs)
+    for part, other in zip(found, whole, strict=False):
+        part += other
+    found += whole[len(found) :]  # that of the target
+    return [grad.to(t.dtype) for grad, t in zip(found, tensors, strict=True)]
+
+
+def _sparse_part(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    stats: Stats,
+    entries: Entries,
+    upstream: Upstream,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+    needs: Needs,
+) -> list[Tensor]:
+    """Of hidden, weight and bias: all but what is dense in itself."""
+    soft, compute, device = target.is_floating_point(), compute_dtype(weight), hidden.device
+    coefficient = coefficients(target, stats, entries, upstream, options, compute)
+    rank_one = upstream.wsum is not None and not soft
+    exact = compute if soft or rank_one else None  # what is still added to
+    found = []
+    if needs[0]:
+        found.append(dispatch.gather_sums(entries.ends, entries.classes, coefficient, weight, exact or hidden.dtype))
+    ones = torch.ones(len(hidden), 1, dtype=compute, device=device)
+    by_class = dispatch.transpose(entries.ends, entries.classes, coefficient, len(weight)) if any(needs[1:3]) else None
+    del coefficient
+    for needed, rows, dtype in zip(needs[1:3], (hidden, ones), (weight.dtype, compute), strict=True):
+        if needed and by_class is not None:
+            found.append(dispatch.gather_sums(*by_class, rows, exact or dtype))
+    if needs[2]:
+        found[-1] = found[-1][:, 0]
+    if rank_one and upstream.wsum is not None:
+        kept = (target != options.spec.ignore_index).nonzero()[:, 0]
+        a = torch.zeros(len(hidden), dtype=compute, device=device)
+        a[kept] = (upstream.wsum[0][kept] * options.spec.scale).to(compute)
+        w = options.class_weight(class_weight, target)
+        w = torch.ones(len(weight), dtype=compute, device=device) if w is None else w
+        classes = torch.arange(len(weight), dtype=torch.int32, device=device)
+        left = iter(found)
+        if needs[0]:
+            next(left).addr_(a, dispatch.gather_sums(_end(classes), classes, w, weight, compute)[0])
+        if needs[1]:
+            next(left).addr_(w, dispatch.gather_sums(_end(kept), kept.int(), a[kept], hidden, compute)[0])
+        if needs[2]:
+            next(left).add_(w * a.sum())
+    return found
+
+
+def _end(index: Tensor) -> Tensor:
+    """Of one segment."""
+    return torch.full((1,), len(index), device=index.device)
+
+
+def coefficients(
+    target: Tensor, stats: Stats, entries: Entries, upstream: Upstream, options: HeadOptions, dtype: torch.dtype
+) -> Tensor:
+    """Of the entries (E,): what of the logits' gradient is theirs. That of the target is computed in float64."""
+    top, lse, picked = stats.top[0], stats.lse[0], stats.picked[0]
+    _, scale, softcap, *_ = options.spec
+    soft = target.is_floating_point()
+    g, g_entropy = upstream.lse[0] * scale, None if upstream.entropy is None else upstream.entropy[0] * scale
+    if not soft:
+        log_p = picked - lse
+        own = g if g_entropy is None else g - g_entropy * log_p.clamp(min=-1e4)
+        own = log_p.exp() * own + upstream.picked[0] * scale
+        own = own * slope(picked + top, 1, softcap)
+        local = (target - options.spec.start).int()
+    found, ends = torch.empty(len(entries.p), dtype=dtype, device=target.device), entries.ends
+    step = max(1, int(CHUNK * (options.resolution or 1)))  # rows
+    edges = [0, *ends[step - 1 :: step].tolist(), len(found)]
+    for i, (begin, end) in enumerate(itertools.pairwise(edges)):
+        some = torch.arange(i * step, min(len(ends), (i + 1) * step), device=ends.device)
+        counts = ends[some] - torch.cat([ends.new_tensor([begin]), ends[some[:-1]]])
+        rows = some.repeat_interleave(counts, output_size=end - begin)
+        p, classes = entries.p[begin:end], entries.classes[begin:end]
+        d = g.to(dtype)[rows]
+        if g_entropy is not None:
+            d = d - g_entropy.to(dtype)[rows] * p.log()
+        d *= p.clamp(min=options.resolution)
+        if softcap is not None:
+            d *= slope(p.log() + (lse + top).to(dtype)[rows], 1, softcap)
+        if not soft:
+            d = torch.where(classes == local[rows], own.to(dtype)[rows], d)
+        found[begin:end] = d
+    return found
