@@ -204,7 +204,7 @@ def _empty_gradients(*flat: Any) -> list[Tensor]:
     return [torch.empty_like(t) for t, needed in zip(flat[:4], flat[-1], strict=True) if needed]
 
 
-_ENTRIES = "Tensor ends, Tensor classes, Tensor p"
+_ENTRIES = "Tensor entry_ends, Tensor entry_classes, Tensor entry_p"  # the spec has `classes`, too
 _GIVEN = f"{ROWS}, Tensor top, Tensor lse, Tensor picked, {_ENTRIES}, {UPSTREAM}, Tensor? g_mass, Tensor? class_weight"
 _HEAD = f"({ROWS}, Tensor? factor, Tensor? class_weight, Tensor seed, {OPTIONS}) -> Tensor[]"
 define("sparse_head", _HEAD, _run, _empty)
