@@ -167,10 +167,10 @@ def _run(*flat: Any) -> list[Tensor]:
 
 
 def with_room(found: list[Tensor], hidden: Tensor, weight: Tensor, resolution: Any) -> list[Tensor]:
-    """The same, with entries that end in some without meaning: of the size that `empty_entries` says."""
+    """The same, with zeros behind the entries: of the size that `empty_entries` says."""
     size = _capacity(len(hidden), len(weight), resolution)
     for i, part in enumerate(found[-2:], len(found) - 2):
-        found[i] = part.new_empty(size)
+        found[i] = part.new_zeros(size)
         found[i][: len(part)] = part
     return found
 
