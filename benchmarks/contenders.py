@@ -57,6 +57,7 @@ class Contender(NamedTuple):
     make: Callable[[], Loss]
     backend: str | None = None  # of xent, where one is to be forced
     limit: bool = False
+    sparse: bool = False  # its gradient is right on average: of one draw, the loss is checked
 
 
 def flat(loss: Loss) -> Loss:
@@ -148,6 +149,21 @@ def none(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
     return xent.linear_cross_entropy(h, W, y, reduction="none").mean()
 
 
+def sparse(r: float, reduction: str) -> Loss:
+    """xent with an unbiased sparse gradient."""
+
+    def loss(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+        found = xent.linear_cross_entropy(h, W, y, grad_resolution=r, reduction=reduction)
+        return found.mean() if reduction == "none" else found
+
+    return loss
+
+
+def product() -> Loss:
+    """The one product that any exact loss takes."""
+    return torch.no_grad()(lambda h, W, y: torch.mm(h, W.t()))
+
+
 def products() -> Loss:
     """The three products alone, each into a tensor of its own; the logits' gradient is any (N, C)."""
     G: list[Tensor] = []
@@ -168,6 +184,14 @@ HEADS = {
     "torch.compile of these": Contender(lambda: compiled(plain)),
     "xent": Contender(lambda: xent.linear_cross_entropy),
     "xent, reduction none": Contender(lambda: none),
+    "one bare product": Contender(product, limit=True),
+    **{
+        f"xent, resolution 1/{n}{', none' * (reduction == 'none')}": Contender(
+            partial(sparse, 1 / n, reduction), sparse=True
+        )
+        for n in (1024, 256)
+        for reduction in ("mean", "none")
+    },
     "F.linear_cross_entropy": Contender(lambda: torchs(None)),
     "F.linear_cross_entropy, 256 rows": Contender(lambda: torchs(256)),
     "F.linear_cross_entropy, 512 rows": Contender(lambda: torchs(512)),

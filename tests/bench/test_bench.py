@@ -25,7 +25,7 @@ import contenders  # noqa: E402
 from contenders import Contender  # noqa: E402
 
 F_NAME = "F.cross_entropy"
-LIMITS = ("logits.clone()", "warm copy_", "three bare products")
+LIMITS = ("logits.clone()", "warm copy_", "three bare products", "one bare product")
 
 
 @pytest.fixture(autouse=True)

@@ -135,7 +135,16 @@ BUDGETS = [
     case("max_bytes bool", TypeError, "max_bytes: expected an int or None, got True", max_bytes=True),
     case("max_bytes 0", ValueError, "max_bytes: expected a number of bytes > 0, got 0", max_bytes=0),
 ]
-of_all_options = [row for row in OPTIONS if row.id != "ignore_index None"] + BUDGETS
+RESOLUTIONS = [
+    case(
+        f"grad_resolution {value!r}",
+        ValueError,
+        f"grad_resolution: expected None or a float in (0, 1), got {value!r}",
+        grad_resolution=value,
+    )
+    for value in (0, 1, 0.0, 1.0, -0.1, float("nan"), True, "1/256")
+]
+of_all_options = [row for row in OPTIONS if row.id != "ignore_index None"] + BUDGETS + RESOLUTIONS
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), of_all_options + TENSORS + LOSSES)
@@ -145,7 +154,7 @@ def test_linear_cross_entropy(arguments: Options, error: type[Exception], messag
     assert raised.type is error
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), TENSORS + BUDGETS)
+@pytest.mark.parametrize(("arguments", "error", "message"), TENSORS + BUDGETS + RESOLUTIONS)
 def test_linear_token_stats(arguments: Options, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
         xent.linear_token_stats(**usual(arguments))
@@ -171,6 +180,15 @@ def test_statistics_are_of_one_head_and_indices(arguments: Options, message: str
 def test_module_when_it_is_built(arguments: Options, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         xent.LinearCrossEntropyLoss(D, C, **arguments)
+
+
+def test_what_does_not_go_with_a_resolution() -> None:
+    with pytest.raises(ValueError, match=r"grad_resolution: expected no softcap beside label_smoothing.*softcap=2.0"):
+        xent.linear_cross_entropy(**usual({}), grad_resolution=0.1, softcap=2.0, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="generator: nothing is random without grad_resolution"):
+        xent.linear_cross_entropy(**usual({}), generator=torch.Generator())
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None, got int"):
+        xent.linear_token_stats(**usual({}), grad_resolution=0.1, generator=3)
 
 
 def test_nothing_is_changed_by_a_call_that_raises() -> None:

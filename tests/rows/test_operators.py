@@ -80,10 +80,16 @@ def head_loss(dtype: torch.dtype, soft: bool) -> Samples:
             yield *row, factor, w, *flatten(options), needs
 
 
-def head_statistics(dtype: torch.dtype, soft: bool, *group: str) -> Samples:
+def head_statistics(dtype: torch.dtype, soft: bool) -> Samples:
     for row, w, options in heads(dtype, soft):
-        yield *row, w, *group, *flatten(options._replace(entropy=True, argmax=True))
-        yield *row, None, *group, *flatten(options)
+        yield *row, w, *flatten(options._replace(entropy=True, argmax=True))
+        yield *row, None, *flatten(options)
+
+
+def rank_head_statistics(dtype: torch.dtype, soft: bool, group: str) -> Samples:
+    for row, w, options in heads(dtype, soft):
+        yield *row, w, None, group, *flatten(options._replace(entropy=True, argmax=True))
+        yield *row, None, torch.tensor(3), group, *flatten(options._replace(resolution=0.3))
 
 
 def head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
@@ -92,6 +98,24 @@ def head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
         g_mass = per_row[0] if soft else None
         for needs in ([True, True, True, soft], [False, True, False, False]):
             yield *row, *per_row, g_mass, w, *flatten(options), needs
+
+
+def sparse_head(dtype: torch.dtype, soft: bool) -> Samples:
+    factor, seed = torch.tensor(0.5, dtype=torch.float64), torch.tensor(3)
+    for row, w, options in heads(dtype, soft):
+        own = options._replace(resolution=0.3, spec=SPEC._replace(softcap=None))
+        yield *row, factor, w, seed, *flatten(own)
+        yield *row, None, w, seed, *flatten(own._replace(entropy=True, argmax=True))
+
+
+def sparse_head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
+    for arguments in list(sparse_head(dtype, soft))[1::2]:
+        row, w, flat = arguments[:4], arguments[5], arguments[7:]
+        found = torch.ops.xent.sparse_head(*arguments)
+        top, lse, picked, *entries = *found[:3], *found[-3:]
+        upstream = (lse * 0.5, lse * 0.25, lse * 0.1, None)
+        for needs in ([True, True, True, soft], [False, True, False, False]):
+            yield *row, top, lse, picked, *entries, *upstream, lse if soft else None, w, *flat, needs
 
 
 # One line for each operator: its arguments, given a dtype, whether targets are probabilities, and a group of one.
@@ -103,7 +127,9 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool, str], Samples]] = {
     "xent::head_loss": lambda dtype, soft, _: head_loss(dtype, soft),
     "xent::head_statistics": lambda dtype, soft, _: head_statistics(dtype, soft),
     "xent::head_gradients": lambda dtype, soft, _: head_gradients(dtype, soft),
-    "xent::rank_head_statistics": head_statistics,
+    "xent::rank_head_statistics": rank_head_statistics,
+    "xent::sparse_head": lambda dtype, soft, _: sparse_head(dtype, soft),
+    "xent::sparse_head_gradients": lambda dtype, soft, _: sparse_head_gradients(dtype, soft),
 }
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 every_target = pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])

@@ -169,10 +169,10 @@ def _run(*flat: Any) -> list[Tensor]:
 
 
 def with_room(found: list[Tensor], hidden: Tensor, weight: Tensor, resolution: Any) -> list[Tensor]:
-    """The same, with entries that end in some without meaning: of the size that `empty_entries` says."""
+    """The same, with zeros behind the entries: of the size that `empty_entries` says."""
     size = _capacity(len(hidden), len(weight), resolution)
     for i, part in enumerate(found[-2:], len(found) - 2):
-        found[i] = part.new_empty(size)
+        found[i] = part.new_zeros(size)
         found[i][: len(part)] = part
     return found
 
@@ -206,7 +206,7 @@ def _empty_gradients(*flat: Any) -> list[Tensor]:
     return [torch.empty_like(t) for t, needed in zip(flat[:4], flat[-1], strict=True) if needed]
 
 
-_ENTRIES = "Tensor ends, Tensor classes, Tensor p"
+_ENTRIES = "Tensor entry_ends, Tensor entry_classes, Tensor entry_p"  # the spec has `classes`, too
 _GIVEN = f"{ROWS}, Tensor top, Tensor lse, Tensor picked, {_ENTRIES}, {UPSTREAM}, Tensor? g_mass, Tensor? class_weight"
 _HEAD = f"({ROWS}, Tensor? factor, Tensor? class_weight, Tensor seed, {OPTIONS}) -> Tensor[]"
 define("sparse_head", _HEAD, _run, _empty)

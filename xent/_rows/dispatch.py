@@ -132,7 +132,7 @@ def transpose(
 
     Those of a class keep the order of their rows.
     """
-    module = _with("transpose", backend_for(coefficient.view(1, 1, -1), classes[:1].view(1, -1)))
+    module = _with("transpose", backend_for(coefficient.view(1, 1, -1), ends.new_zeros(1, 1)))
     return module.transpose(ends, classes, coefficient, C)  # type: ignore[no-any-return]
 
 
