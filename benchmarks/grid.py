@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from cases import Case
@@ -65,7 +66,7 @@ class Cell(Case):
         """What is right, given float64."""
         return partial(F.cross_entropy, **self.options())
 
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """Both losses'. The weight is an input."""
         return {"label_smoothing": 0.1} if self.variant == "smoothing" else {}
 
@@ -137,7 +138,7 @@ def chart(path: Path, rows: Sequence[Row]) -> None:
     slower = sum(ratio < 1 for ratio in found.values())
     top.set(xlabel="classes", ylabel="rows")
     top.set_title(
-        f"time of F.cross_entropy / time of xent, {rows[0].dtype}, {rows[0].device}, threads: {rows[0].threads}; "
+        f"time of F.cross_entropy / time of xent, {rows[0].dtype}, {rows[0].device}, threads: {rows[0].threads}\n"
         f"median {median(found.values()) if found else 0:.1f}; xent is slower in {slower} of {len(found)}",
         loc="left", fontsize=9,
     )  # fmt: skip
@@ -148,16 +149,16 @@ def chart(path: Path, rows: Sequence[Row]) -> None:
     plt.close(figure)
 
 
-def paint(ax: object, lines: Sequence[Sequence[float | None]]) -> None:
+def paint(ax: Any, lines: Sequence[Sequence[float | None]]) -> None:
     """A square for each ratio, on a logarithmic scale around 1; nothing where none was measured."""
     from matplotlib.colors import LogNorm
 
     if not lines:
         return
     values = [[float("nan") if ratio is None else ratio for ratio in line] for line in lines]
-    ax.imshow(values, cmap="RdYlGn", norm=LogNorm(0.25, 4), aspect="auto")  # type: ignore[attr-defined]
+    ax.imshow(values, cmap="RdYlGn", norm=LogNorm(0.25, 4), aspect="auto")
     for i, line in enumerate(lines):
         for j, ratio in enumerate(line):
             if ratio is not None:
                 text = f"{ratio:.2f}" + " slower" * (ratio < 1)
-                ax.text(j, i, text, ha="center", va="center", color="black", fontsize=8)  # type: ignore[attr-defined]
+                ax.text(j, i, text, ha="center", va="center", color="black", fontsize=8)
