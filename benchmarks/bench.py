@@ -10,6 +10,7 @@ of three bare products); the bytes that any loss must move, over the time (cases
 beyond the logits, in units of the logits, the gradient being 1 of it (--linear: MiB beyond the gradients); the largest
 relative error, of the loss or of a row of the gradient. On a GPU also the share of what a warm copy of the logits
 moves; the clock is the device's, and its L2 is cold. --small shows what a call costs: xent's time over torch's.
+--map shows where xent is faster and where slower: rows by classes, and images, torch's time over xent's.
 
 Exit code: 0; 1 if a contender computed something wrong (it is named and not timed) or xent failed; 2 for bad
 options; 130 after Ctrl-C, with everything measured so far reported and saved.
@@ -27,10 +28,12 @@ from statistics import median
 from typing import NamedTuple
 
 import common
+import grid
 import torch
 from cases import CASES, CUDA_CASES, HEAD, QUICK, QUICK_HEAD, Case, Linear, Small
 from common import Row, chart, machine, natural, picture, refusal, save, show
 from contenders import COPY, OPTIONS, Unavailable, forced, gradients, missing
+from grid import CELLS, Cell
 from rich.console import Console
 from torch import Tensor
 
@@ -181,6 +184,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--case", nargs="+", type=Case.parse, metavar="SHAPE[:IGNORED]", help=f"classes last; default: {names}")
     add("--linear", nargs="*", type=Linear.parse, metavar="NxDxC", help=f"a head and its loss; default: {HEAD}")
     add("--small", nargs="*", type=Small.parse, metavar="NxC", help="what a call costs, by option; default: 32x27")
+    add("--map", nargs="*", type=Cell.parse, metavar="NxC[xHxW]", help="rows by classes, and images; alone")
     add("--dtype", nargs="+", choices=list(TOLERANCE), help="default: float32 bfloat16")
     add("--threads", nargs="+", type=natural, help="default: torch's own choice")
     add("--rounds", type=natural, help="timings of each contender; their median counts; default: 15")
@@ -189,15 +193,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--png", type=picture, metavar="FILE", help="save a chart, as PNG or SVG")
     options = parser.parse_args(argv)
     usual = QUICK if options.quick else CUDA_CASES if options.device == "cuda" else CASES
-    only = options.linear is not None or options.small is not None
+    if options.map is not None and (options.case or options.linear is not None or options.small is not None):
+        parser.error("--map: expected alone, got another table beside it")
+    only = any(cases is not None for cases in (options.linear, options.small, options.map))
     options.case = options.case or ([] if only else usual)
     if options.linear == []:
         options.linear = [QUICK_HEAD if options.quick else HEAD]
     if options.small == []:
         options.small = [Small((32, 27))]
+    if options.map == []:
+        options.map = CELLS
     options.groups = [[case] for case in options.case + (options.linear or [])]
     options.groups += [[Small(case.shape, case.ignored, option) for option in OPTIONS] for case in options.small or []]
-    options.dtype = options.dtype or (["float32"] if options.quick else ["float32", "bfloat16"])
+    options.groups += [options.map] * bool(options.map)
+    options.dtype = options.dtype or (["float32"] if options.quick or options.map else ["float32", "bfloat16"])
     options.rounds = options.rounds or (5 if options.quick else 15)
     options.threads = options.threads or [torch.get_num_threads()]
     if reason := refusal(options.device, options.json, options.png):
@@ -213,7 +222,7 @@ def run(options: argparse.Namespace, console: Console, rows: list[Row]) -> None:
             for case in group:
                 console.print(f"{case} {dtype}: checking, then timing ...")  # a spinner would disturb it
                 rows.extend(measure(case, dtype, options))
-            show(console, rows[start:])
+            show(console, rows[start:], grid.table if options.map else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         save(options.json, rows, vars(options))
     if options.png:
-        chart(options.png, rows)
+        (grid.chart if options.map else chart)(options.png, rows)
     bad = [row for row in rows if row.status in ("wrong", "failed")]
     for row in bad:
         print(f"bench.py: {row.contender} on {row.case} {row.dtype}: {row.status}: {row.note}", file=sys.stderr)

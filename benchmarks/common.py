@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,7 +101,12 @@ def figure_style() -> Any:
 
 # What bench.py measured.
 
-MEMORY = {"loss": ["memory"], "linear": ["MiB", "MiB, 8 N"], "small": []}  # names of the figures in `Row.memory`
+MEMORY = {
+    "loss": ["memory"],
+    "linear": ["MiB", "MiB, 8 N"],
+    "small": [],
+    "map": [],
+}  # names in `Row.memory`
 
 
 @dataclass
@@ -178,9 +183,10 @@ def comparison(rows: Sequence[Row]) -> Table:
     return result
 
 
-def show(console: Console, rows: Sequence[Row]) -> None:
-    """The table, of one case or of several, and below it what is not in it and why."""
-    console.print(comparison(rows) if len({row.case for row in rows}) > 1 else table(rows))
+def show(console: Console, rows: Sequence[Row], form: Callable[[Sequence[Row]], Table] | None = None) -> None:
+    """The table, of one case or of several or of this form, and below it what is not in it and why."""
+    form = form or (comparison if len({row.case for row in rows}) > 1 else table)
+    console.print(form(rows))
     notes: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.note:
