@@ -147,6 +147,17 @@ def test_sum_of_outer_products_in_slices(classes: int, dtype: torch.dtype, monke
         assert (found - (total + product if block else product)).norm() <= error * (product.norm() + total.norm())
 
 
+@pytest.mark.parametrize("classes", [1, 7, 8, 9])
+def test_products_with_the_head_in_slices(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a half-precision head with float32: all slices count, for the logits and for the hidden gradient."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(_products, "SLICE_BYTES", 4 * 3 * 4)
+    h, W, G = torch.randn(5, 3).bfloat16(), torch.randn(classes, 3).bfloat16(), torch.randn(5, classes)
+    logits = _products.logits_of(h, W, None, torch.empty(5, classes))
+    torch.testing.assert_close(logits, h.float() @ W.float().t())
+    torch.testing.assert_close(_products.hidden_gradient(G, W), (G @ W.float()).bfloat16())
+
+
 def test_upstream_and_repeated_backward() -> None:
     h, W, b, y = problem(6)
     for reduction in ("mean", "none"):

@@ -97,6 +97,7 @@ def transform(group: ProcessGroup, name: str) -> Tensor | str:
         "grad": lambda: func.grad(loss)(x),
         "vjp": lambda: func.vjp(loss, x)[1](torch.ones(()).double())[0],
         "vmap of grad": lambda: func.vmap(func.grad(loss))(x, y),
+        "vmap beside one target": lambda: func.vmap(func.grad(loss))(torch.stack([x, x]))[1],
         "grad of vmap": lambda: func.grad(lambda x: func.vmap(loss)(x, y).sum())(x),
         "create_graph": lambda: backward(True),
         "of probabilities": of_probabilities,
@@ -111,7 +112,7 @@ def transform(group: ProcessGroup, name: str) -> Tensor | str:
         return str(error)
 
 
-@pytest.mark.parametrize("name", ["grad", "vjp", "vmap of grad", "grad of vmap"])
+@pytest.mark.parametrize("name", ["grad", "vjp", "vmap of grad", "vmap beside one target", "grad of vmap"])
 def test_first_derivatives_in_reverse(ranks: Ranks, name: str) -> None:
     for got, expected in zip(ranks.run(transform, 2, name), ranks.run(transform, 2, "backward"), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)

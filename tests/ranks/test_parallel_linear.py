@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor.debug import CommDebugMode
 
 import xent
+from xent import _torch
 
 D = 6
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -76,6 +77,24 @@ def test_every_layout(ranks: Ranks, sizes: Sizes, soft: bool, shift: bool) -> No
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
 def test_bfloat16(ranks: Ranks, options: Options) -> None:
     check(ranks, (20, 17), False, "none", options, tolerance=2e-2)
+
+
+def summed_dtypes(group: ProcessGroup) -> list[torch.dtype]:
+    """Of what is added up over the ranks in a step."""
+    found, all_reduce = [], _torch.all_reduce
+
+    def watched(x: Tensor, name: str) -> Tensor:
+        found.append(x.dtype)
+        return all_reduce(x, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torch, "all_reduce", watched)
+        work(group, (20, 17), False, "none", torch.bfloat16, {})
+    return found
+
+
+def test_half_precision_is_added_up_in_float32(ranks: Ranks) -> None:
+    assert ranks.run(summed_dtypes, 2) == [[torch.float32]] * 2
 
 
 def again(group: ProcessGroup, sizes: Sizes) -> list[Found]:

@@ -50,13 +50,14 @@ def test_no_rows(ranks: Ranks, reduction: str) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_infinite_logits(ranks: Ranks, sizes: Sizes, smoothing: float) -> None:
     inf = torch.inf
-    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()
-    x[0, :4] = x[1, 4:] = -inf  # a whole shard of the first layout
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(0)).double()
+    x[0, :4] = x[1, 4:] = x[6, :4] = -inf  # a whole shard of the first layout
     x[2] = -inf
     x[3, 1] = inf
     x[4, 5] = torch.nan
     x[5] *= 1e30
-    loss, _ = as_one(ranks, x, torch.tensor([5, 0, 1, 2, 2, 3]), sizes, reduction="none", label_smoothing=smoothing)
+    x[6, 4:] = -1e30  # the largest, however far from 0
+    loss, _ = as_one(ranks, x, torch.tensor([5, 0, 1, 2, 2, 3, 4]), sizes, reduction="none", label_smoothing=smoothing)
     assert loss[2:5].isnan().all()
     assert smoothing > 0 or loss[:2].isfinite().all()
 

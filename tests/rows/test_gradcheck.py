@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import xent
+from xent._rows import derivatives
 
 # Thousands of calls with the same few shapes: the run-time checks have seen them all elsewhere.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -98,12 +100,26 @@ def test_focal_loss(check: Callable[..., bool]) -> None:
     assert check(focal, [x])
 
 
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": xent.cross_entropy,
+    "z-loss": functools.partial(xent.cross_entropy, z_loss=0.3),
+    "entropy": lambda x, y: xent.token_stats(x, y, entropy=True).entropy,
+}
+
+
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
-@pytest.mark.parametrize("options", [{}, {"z_loss": 0.3}], ids=str)
-def test_beside_minus_infinity(options: Options, check: Callable[..., bool]) -> None:
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_beside_minus_infinity(loss: Callable[[Tensor, Tensor], Tensor], check: Callable[..., bool]) -> None:
     """Masked logits are constants; all the others have their derivatives."""
     x, y, _ = tensors("(N, C)")
     mask = torch.zeros(3, 4).double()
     mask[:, 1] = -torch.inf
     y = y.where(y != 1, 2)
-    assert check(lambda x: xent.cross_entropy(x + mask, y, **options), [x])
+    assert check(lambda x: loss(x + mask, y), [x])
+
+
+def test_second_derivatives_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the class weights is a sum over the blocks."""
+    monkeypatch.setattr(derivatives, "CACHE_BYTES", 1)
+    function, given = checked("(B, T, V)", True, True, {"label_smoothing": 0.2})
+    assert gradgradcheck(function, given)
