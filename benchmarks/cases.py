@@ -142,7 +142,7 @@ class Linear(Case):
     def parse(cls, text: str) -> Case:
         """Raises ValueError, as argparse expects it."""
         size, _, deviation = text.partition("@")
-        case = replace(super().parse(size), deviation=float(deviation or 1))
+        case = cls(super().parse(size).shape, deviation=float(deviation or 1))
         if len(case.shape) != 3 or min(case.shape) < 2 or not 0 < case.deviation < math.inf:
             raise ValueError(text)
         return case
