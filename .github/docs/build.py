@@ -83,15 +83,8 @@ def main() -> int:
         print(line, file=sys.stderr)
     if found:
         return 1
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "-f",
-        Path(__file__).parents[1] / "mkdocs.yml",
-    ]
+    config = str(Path(__file__).parents[1] / "mkdocs.yml")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", config]
     return subprocess.run(command, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}).returncode  # an advertisement
 
 
