@@ -1,6 +1,8 @@
-"""Builds the native backend, if there is a C++ compiler; all else is in pyproject.toml."""
+"""The native backend, where there is a C++ compiler, and the README of a package index; pyproject.toml has the rest."""
 
+import re
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -42,7 +44,26 @@ native = Extension(
     optional=True,  # without a compiler the package installs all the same, and runs on its other backends
 )
 
+
+def readme() -> str:
+    """README.md with links to the site's pages where its own lead to files of a checkout, which an index has not."""
+    here = Path(__file__).parent
+    project, text = (here / name for name in ("pyproject.toml", "README.md"))
+    (site,) = re.findall(r'^Documentation = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
+    links = {
+        r"\]\(\.github/docs/([\w-]+)\.md": rf"]({site}\1/",
+        r"\]\(\.github/docs/": f"]({site}",
+        r"\]\(\.github/CONTRIBUTING\.md": f"]({site}contributing/",
+    }
+    found = text.read_text(encoding="utf-8")
+    for pattern, address in links.items():
+        found = re.sub(pattern, address, found)
+    return found
+
+
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[native],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},

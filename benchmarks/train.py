@@ -171,7 +171,7 @@ def summary(learners: Sequence[Learner], text: Text, options: argparse.Namespace
     """A line for each learner."""
     draw = torch.Generator().manual_seed(options.seed)
     batches = [text.batch(text.validation, options.batch, draw) for _ in range(10)]
-    heads = ("loss", "tokens/s", "ms/step", "step memory, MiB", "training", "validation")
+    heads = ("loss", "tokens/s", "ms/step", "MiB/step", "training", "validation")
     table = common.empty_table("", heads)
     for learner in learners:
         seconds = median(learner.seconds)

@@ -96,22 +96,22 @@ def cross_entropy(
             the target's indices are those of all classes, and the same on each rank. Each gets the same loss, the one
             of all classes, and the gradient of its own logits. Forward is one all-gather of a few numbers per
             position, backward needs none. A `DTensor` sharded over the classes knows its group, and the loss is a
-            `DTensor` as well: the mean over its whole batch.
+            `DTensor` as well: the mean over its whole batch. What one rank raises is raised on all, and names the rank.
 
     Returns:
         A 0-d tensor, or for "none" one loss for each position, of the target's shape without the class dimension.
 
     Raises:
         TypeError: `input`, `target` or `weight` is not a Tensor, or an option is not of its type.
-        ValueError: shapes do not fit each other, two class dimensions fit, or an option is out of its range.
+        ValueError: shapes do not fit each other, two class dimensions fit, or an option is out of its range; over a
+            `group`, the arguments of two ranks do not fit each other.
         IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
             assertion), or `dim` is out of range.
         RuntimeError: a dtype is not among those above, devices differ, `weight` requires grad beside class
             indices (unless gradients are off); `inplace_backward` meets a DTensor, logits that are not rows in memory
-            of their own, or `create_graph=True`; in backward, the logits were modified.
+            of their own, or `create_graph=True`; in backward, the logits were modified; over a `group`, the transport
+            failed or a rank never came.
         NotImplementedError: a second derivative or forward mode, over a `group`.
-        With `group`, every rank raises what one of them meets, and the error names the ranks: a ValueError if their
-        arguments do not fit each other, a RuntimeError if the transport failed or a rank never came.
 
     Example:
         >>> import torch, xent
@@ -173,9 +173,6 @@ class TokenStats(NamedTuple):
         tensor([1])
         >>> stats.entropy is None
         True
-
-    Source:
-        Perplexity is exp of the mean of -log_prob: Jelinek et al., 1977.
     """
 
     log_prob: Tensor
@@ -247,7 +244,13 @@ def token_stats(
         logits; the prediction int64); entropy and prediction are None unless asked for.
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as :func:`cross_entropy`; a target of probabilities is refused.
+        TypeError: `input` or `target` is not a Tensor, or an option is not of its type.
+        ValueError: shapes do not fit each other, two class dimensions fit, `target` holds probabilities, or an option
+            is out of its range; over a `group`, the arguments of two ranks do not fit each other.
+        IndexError: a target is outside `[0, C)` and not `ignore_index`, or `dim` is out of range.
+        RuntimeError: a dtype is not among those above, or devices differ; in backward, the logits were modified; over a
+            `group`, the transport failed or a rank never came.
+        NotImplementedError: a second derivative or forward mode, over a `group`.
 
     Example:
         A focal loss, :math:`-(1 - p_y)^\gamma \log p_y`, and the textbook form of it:

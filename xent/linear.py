@@ -220,8 +220,12 @@ def linear_token_stats(
         TokenStats(log_prob, lse, entropy, prediction), float32 (float64 for float64; the prediction int64).
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`linear_cross_entropy`; a target
-            of probabilities is refused.
+        TypeError: an argument is not of its type, or a DTensor that is not gathered.
+        ValueError: shapes do not fit each other, `target` holds probabilities, or an option is out of its range.
+        IndexError: a target is outside `[0, C)` and not `ignore_index`.
+        RuntimeError: dtypes or devices differ.
+        NotImplementedError: under vmap and forward-mode differentiation; and when a gradient that was computed with
+            `create_graph=True` is differentiated again.
 
     Example:
         >>> import torch, xent
@@ -232,9 +236,6 @@ def linear_token_stats(
         True
         >>> bool((stats.prediction == (h @ W.T).argmax(-1)).all())
         True
-
-    Source:
-        As :func:`linear_cross_entropy` (Wijmans et al., 2024).
     """
     with report_failure_to_ranks(group, input):
         options.check_ignore_index(ignore_index)

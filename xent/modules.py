@@ -38,16 +38,17 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     Args:
         weight: `(C,)`, a weight for each class; kept as the buffer `weight`.
-        ignore_index, reduction, label_smoothing, dim, normalizer, on_empty, z_loss, softcap, logit_scale, loss_dtype,
-            inplace_backward, group: see :func:`xent.cross_entropy`.
+        ignore_index, reduction, label_smoothing, dim, normalizer, on_empty: see :func:`xent.cross_entropy`.
+        z_loss, softcap, logit_scale, loss_dtype, inplace_backward, group: see there, too.
 
     Shapes:
         input `(C)`, `(N, C)`, `(N, C, d1, ...)` or `(..., C)`; target without the class dimension, or of input's shape
         for probabilities; the result is 0-d, or of the target's shape (without the class dimension) for "none".
 
     Raises:
-        TypeError, ValueError: an option is not of its type or out of its range, when built as when called.
-        TypeError, ValueError, IndexError, RuntimeError: when called, as :func:`xent.cross_entropy`.
+        TypeError: an option is not of its type.
+        ValueError: an option is out of its range. Both are raised when built; a call raises what
+            :func:`xent.cross_entropy` does.
 
     Example:
         >>> import torch, xent
@@ -57,9 +58,6 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         >>> print(f"{value.item():.4f}")                            # uniform logits: log 8
         2.0794
         >>> value.backward()
-
-    Source:
-        As :func:`xent.cross_entropy` (Bridle, 1990).
     """
 
     def __init__(
@@ -110,17 +108,18 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: whether the head has one.
         device, dtype: of the head.
         weight: `(C,)`, a weight for each class; kept as the buffer `weight`.
-        reduction, ignore_index, label_smoothing, normalizer, on_empty, z_loss, softcap, logit_scale, loss_dtype, shift,
-            max_bytes, group, grad_resolution: see :func:`xent.linear_cross_entropy`; what is random there is drawn from
-            the device's default generator.
+        reduction, ignore_index, label_smoothing, normalizer, on_empty: see :func:`xent.linear_cross_entropy`.
+        z_loss, softcap, logit_scale, loss_dtype, shift, max_bytes, group, grad_resolution: see there, too; what is
+            random is drawn from the device's default generator.
 
     Shapes:
         input `(..., D)`; target `(...)`, or `(..., C)` for probabilities; the result is 0-d, or of the target's shape
         (without the class dimension) for "none".
 
     Raises:
-        TypeError, ValueError: an option is not of its type or out of its range, when built as when called.
-        TypeError, ValueError, IndexError, RuntimeError: when called, as :func:`xent.linear_cross_entropy`.
+        TypeError: an option is not of its type.
+        ValueError: an option is out of its range. Both are raised when built; a call raises what
+            :func:`xent.linear_cross_entropy` does.
 
     Example:
         >>> import torch, xent
@@ -129,9 +128,6 @@ class LinearCrossEntropyLoss(nn.Module):
         >>> value.backward()
         >>> loss.linear.weight.grad.shape
         torch.Size([50, 8])
-
-    Source:
-        As :func:`xent.linear_cross_entropy` (Wijmans et al., 2024).
     """
 
     weight: Tensor | None

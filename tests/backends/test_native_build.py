@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,16 @@ def test_the_sdist_holds_every_source(unpacked):
     for name in SOURCES:
         assert (unpacked / "xent/_backends/native" / name).is_file(), name
     assert (unpacked / "setup.py").is_file()
+
+
+def test_the_readme_of_an_index_links_to_the_site(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(name).decode()
+    (site,) = re.findall(r"^Project-URL: Documentation, (.+)$", text, re.MULTILINE)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 10
+    assert all(link.startswith(site) for link in links), links
 
 
 def test_the_wheel_is_for_every_python_from_3_10(wheel):
