@@ -35,10 +35,7 @@ class BuildNative(build_ext):
 native = Extension(
     "xent._backends.native._native",
     sources=["xent/_backends/native/native.cpp"],
-    depends=[
-        f"xent/_backends/native/{part}.h"
-        for part in ("blocks", "call", "lanes", "loops", "math", "memory", "rows", "samples", "sparse", "threads")
-    ],
+    depends=sorted(map(str, Path("xent/_backends/native").glob("*.h"))),
     define_macros=[("Py_LIMITED_API", "0x030A0000")] if STABLE_ABI else [],
     py_limited_api=STABLE_ABI,
     optional=True,  # without a compiler the package installs all the same, and runs on its other backends

@@ -93,6 +93,26 @@ def test_distillation() -> None:
     same(names["soft"], divergence + entropy, logits)
 
 
+def test_distillation_from_the_best_classes() -> None:
+    logits, _, _ = problem()
+    section = "Distillation from a teacher's best classes"
+    names = run(section, {"torch.randn(B, T, V)": "torch.randn(B, T, V, dtype=torch.float64)"}, logits=logits)
+    teacher, log_p = names["teacher"], logits.log_softmax(-1)
+    q = torch.where(teacher >= names["q"].min(-1, keepdim=True).values, teacher, 0)
+    same(names["top_k"], -(q * log_p).sum(-1).mean(), logits)
+    tail = torch.where(q > 0, 0, log_p.exp()).sum(-1).log()
+    same(names["with_tail"], -((q * log_p).sum(-1) + (1 - q.sum(-1)) * tail).mean(), logits)
+
+
+def test_mixup() -> None:
+    logits, target, _ = problem()
+    target = target.clamp(min=0)
+    found = run("Mixup and CutMix", {"torch.tensor([1 - share, share])": "shares"}, logits=logits, target=target,
+                shares=torch.tensor([0.7, 0.3], dtype=torch.float64))["mixed"]  # fmt: skip
+    losses = [F.cross_entropy(logits.movedim(-1, 1), y) for y in (target, target.flip(0))]
+    same(found, 0.7 * losses[0] + 0.3 * losses[1], logits)
+
+
 def test_z_loss() -> None:
     logits, target, count = problem()
     found = run("z-loss", logits=logits, target=target, count=count)["with_z"]
