@@ -204,10 +204,11 @@ def linear_token_stats(
     Args:
         input: hidden states `(..., D)`, of any floating dtype.
         linear_weight: `(C, D)`, of input's dtype (under autocast any).
-        target: class indices `(...)`, of any integer dtype.
+        target: class indices `(...)`, of any integer dtype; or `(..., K)`, K of them for each position: then log_prob
+            has K numbers for each.
         linear_bias: `(C,)`, added to the logits.
         ignore_index: a position with this target is left out: its log_prob, lse and entropy are 0, its prediction -1,
-            its gradient 0.
+            its gradient 0. Of K indices, one that is ignored has a log_prob of 0.
         softcap, logit_scale: see :func:`xent.cross_entropy`.
         entropy, prediction: whether to compute them; the lowest of equal classes is predicted.
         shift: statistics of `target[..., 1:]` from `input[..., :-1, :]`; the results have one position less.
@@ -242,12 +243,14 @@ def linear_token_stats(
         options.check_transform(logit_scale, softcap)
         options.check_grad_resolution(grad_resolution, softcap, generator=generator)
         budget = check_max_bytes(max_bytes)
-        rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index)
+        rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index, candidates=True)
         (weight, bias, y), *others = rows.heads
         if others or linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
         if y.is_floating_point():
             raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
+        if y.dim() > 1 and grad_resolution is not None:
+            raise ValueError(f"grad_resolution: expected None for K classes per position, got {grad_resolution}")
     spec = RowSpec(ignore_index, logit_scale, softcap)
     head = HeadOptions(
         spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction, resolution=grad_resolution

@@ -166,3 +166,25 @@ def test_by_blocks(reduction: str) -> None:
     with Largest(q.shape) as largest:
         xent.linear_cross_entropy(h.detach(), W.detach(), q, reduction=reduction, max_bytes=budget).sum().backward()
     assert largest.bytes <= max(budget, h.nbytes)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_candidates(dtype: torch.dtype, shift: bool) -> None:
+    """K classes per position, with ignored and equal ones: as of the logits, whatever the blocks."""
+    generator = torch.Generator().manual_seed(0)
+    h, W = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 6, 8), (50, 8)))
+    h, W = h.to(dtype).requires_grad_(), W.to(dtype).requires_grad_()
+    y = torch.randint(50, (2, 6, 3), generator=generator)
+    y[0, 2], y[1, 3, 1], y[1, 4] = -100, -100, 7
+    options = {"softcap": 5.0, "entropy": True, "prediction": True}
+    found = xent.linear_token_stats(h, W, y, shift=shift, max_bytes=W.shape[0] * 40, **options)
+    logits = h.double() @ W.double().T
+    x, target = (logits[:, :-1], y[:, 1:]) if shift else (logits, y)
+    expected = xent.token_stats(x, target, dim=-1, **options)
+    g = torch.randn(found.log_prob.shape, generator=generator)
+    both = [(stats.log_prob * g).sum() + stats.entropy.sum() for stats in (found, expected)]  # type: ignore[union-attr]
+    grads = [torch.autograd.grad(value, (h, W)) for value in both]
+    close = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.2}
+    for a, b in zip((*found[:3], *grads[0]), (*expected[:3], *grads[1]), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), **close)  # type: ignore[arg-type]

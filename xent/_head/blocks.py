@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .._backends import advise_huge_pages, check_range
-from .._records import Layout, RowSpec, Stats, Upstream, Wanted, compute_dtype
+from .._records import Layout, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
 from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
 from .._rows.objective import Objective
@@ -75,7 +75,7 @@ class Block(NamedTuple):
     rows: slice | Tensor
     targets: slice | Tensor  # theirs: the next ones, where the targets are shifted
     hidden: Tensor  # (n, D)
-    target: Tensor  # (1, n) or (1, n, C)
+    target: Tensor  # (1, n), (1, n, K) or (1, n, C)
     logits: Tensor  # (1, n, C), in the buffer that all blocks share
 
 
@@ -92,7 +92,8 @@ class Blocks:
         self.kept: Tensor | None = None
         if not target.is_floating_point():
             check_range(target, options.spec.classes or C, options.spec.ignore_index)
-            kept = (target != options.spec.ignore_index).nonzero()  # the one time that the host waits for a device
+            counts = rows_that_count(target[None], options.spec.ignore_index)[0]
+            kept = counts.nonzero()  # the one time that the host waits for a device
             self.kept = None if len(kept) == N else kept[:, 0]
         elif options.shift:
             self.kept = torch.arange(N, device=hidden.device).view(-1, options.shift)[:, :-1].flatten()
@@ -233,7 +234,9 @@ def stats_of(
     found: list[Tensor] = []
     for block in blocks:
         stats = blocks.stats(block, w).pack()
-        found = found or [stat.new_full((1, len(hidden)), 0 if stat.is_floating_point() else -1) for stat in stats]
+        found = found or [
+            stat.new_full((1, len(hidden), *stat.shape[2:]), 0 if stat.is_floating_point() else -1) for stat in stats
+        ]
         for whole, part in zip(found, stats, strict=True):
             whole[:, block.rows] = part
     return found

@@ -17,7 +17,7 @@ class LinearRows(NamedTuple):
     """A batch as the blocks read it; several heads only where `linear_weight` has further dimensions."""
 
     hidden: Tensor  #                                      (N, D)
-    heads: list[tuple[Tensor, Tensor | None, Tensor]]  #   weight (C, D), bias (C,), target (N,) or (N, C), for each
+    heads: list[tuple[Tensor, Tensor | None, Tensor]]  #   weight (C, D), bias (C,), target (N,), (N, K) or (N, C)
     shape: torch.Size  #                                   of a result with one number per position
     dtype: torch.dtype  #                                  of the products
     shift: int  #                                          T, where row n predicts what row n + 1 holds
@@ -31,9 +31,9 @@ class LinearRows(NamedTuple):
         return found
 
     def shaped(self, numbers: Tensor) -> Tensor:
-        """One number per position, without the last one of each sequence, which predicts nothing."""
-        numbers = numbers.view(self.shape)
-        return numbers[..., :-1] if self.shift else numbers
+        """One number per position (or K), without the last one of each sequence, which predicts nothing."""
+        numbers = numbers.view(*self.shape, *numbers.shape[2:])
+        return numbers.narrow(len(self.shape) - 1, 0, self.shape[-1] - 1) if self.shift else numbers
 
 
 def check_max_bytes(max_bytes: int | None) -> int:
@@ -48,9 +48,18 @@ def check_max_bytes(max_bytes: int | None) -> int:
 
 
 def to_linear_rows(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, shift: bool, ignore_index: int
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    candidates: bool = False,
 ) -> LinearRows:
-    """Check all against each other and lay them out as rows, without a copy of the hidden states."""
+    """Check all against each other and lay them out as rows, without a copy of the hidden states.
+
+    `candidates`: the target may have K indices for each position.
+    """
     dtype = _check_tensors(input, linear_weight, target, linear_bias)
     C, D, K = linear_weight.shape[0], linear_weight.shape[-1], linear_weight.shape[1:-1]
     if input.shape[-1] != D:
@@ -65,8 +74,10 @@ def to_linear_rows(
             f"input: expected shape (N, {D}) beside a head of {len(K)} more dimensions, got {tuple(input.shape)}"
         )
     index, probabilities = batch + K, torch.Size((*batch[:1], C, *K) if K else (*batch, C))
-    soft = target.shape == probabilities
-    if not soft and target.shape != index:
+    several = candidates and target.dim() == len(index) + 1 and not target.is_floating_point()
+    several = several and target.shape[:-1] == index and target.shape[-1] > 0
+    soft = target.shape == probabilities and not several
+    if not soft and not several and target.shape != index:
         raise ValueError(
             f"target: expected shape {tuple(index)} for indices or {tuple(probabilities)} for probabilities, "
             f"got {tuple(target.shape)}"
@@ -83,10 +94,12 @@ def to_linear_rows(
             )
         T = batch[-1]
         if not soft:  # the last position predicts nothing
-            target = torch.cat([target[..., 1:], torch.full_like(target[..., :1], ignore_index)], -1)
+            time = len(batch) - 1
+            last = torch.full_like(target.narrow(time, 0, 1), ignore_index)
+            target = torch.cat([target.narrow(time, 1, T - 1), last], time)
     hidden, N = input.reshape(math.prod(batch), D), math.prod(batch)
     if not K:
-        targets, weights, biases = [target.reshape(N, C) if soft else target.reshape(N)], [linear_weight], [linear_bias]
+        targets, weights, biases = [target.reshape(N, *target.shape[len(batch) :])], [linear_weight], [linear_bias]
     else:  # a head for each index of the further dimensions
         targets = list(target.flatten(2).unbind(2) if soft else target.flatten(1).unbind(1))
         weights = list(linear_weight.flatten(1, -2).unbind(1))
