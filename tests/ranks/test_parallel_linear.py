@@ -127,21 +127,23 @@ def test_one_gather_and_one_all_reduce(ranks: Ranks, world: int, frozen: bool, b
     assert ranks.run(count, world, frozen) == [(1, backward)] * world
 
 
-def tokens(group: ProcessGroup, sizes: Sizes) -> tuple[Any, Any]:
+def tokens(group: ProcessGroup, sizes: Sizes, several: bool) -> tuple[Any, Any]:
     h, W, b, y = batch(False)
+    y = torch.stack([y, y.roll(1), y], -1) if several else y
     results = []
     for mine, over in ((slice(None), None), (slice(sum(sizes[: group.rank()]), sum(sizes[: group.rank() + 1])), group)):
         leaf = h.clone().requires_grad_()
         options: Options = {"entropy": True, "prediction": True, "softcap": 4.0, "max_bytes": 2000, "group": over}
         stats = xent.linear_token_stats(leaf, W[mine], y, linear_bias=b[mine], **options)
-        loss = (stats.log_prob * 2 + stats.lse * stats.entropy).sum()
+        loss = (stats.log_prob * 2).sum() + (stats.lse * stats.entropy).sum()
         results.append((*(stat.detach() for stat in stats), torch.autograd.grad(loss, leaf)[0]))
     return results[0], results[1]
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
-def test_token_stats(ranks: Ranks, sizes: Sizes) -> None:
-    for expected, got in ranks.run(tokens, len(sizes), sizes):
+def test_token_stats(ranks: Ranks, sizes: Sizes, several: bool) -> None:
+    for expected, got in ranks.run(tokens, len(sizes), sizes, several):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 

@@ -116,19 +116,22 @@ def test_column_parallel_head(ranks: Ranks) -> None:
     assert ranks.run(train, 2) == [(1, 1)] * 2
 
 
-def tokens(group: ProcessGroup) -> None:
+def tokens(group: ProcessGroup, several: bool) -> None:
     mesh = mesh_of(group, 1)
     h, W, b, y, _ = batch(False)
+    y = torch.stack([y, y.flip(0), y.flip(1)], -1) if several else y
+    target = DTensor.from_local(y, mesh, [R]) if several else y
     head = [distribute_tensor(t, mesh, [S(0)], src_data_rank=None) for t in (W, b)]
     stats = xent.linear_token_stats(
-        DTensor.from_local(h, mesh, [R]), head[0], y, linear_bias=head[1], entropy=True, prediction=True
+        DTensor.from_local(h, mesh, [R]), head[0], target, linear_bias=head[1], entropy=True, prediction=True
     )
     expected = xent.linear_token_stats(h, W, y, linear_bias=b, entropy=True, prediction=True)
     torch.testing.assert_close([full(stat) for stat in stats], list(expected))
 
 
-def test_token_stats(ranks: Ranks) -> None:
-    ranks.run(tokens, 2)
+@pytest.mark.parametrize("several", [False, True])
+def test_token_stats(ranks: Ranks, several: bool) -> None:
+    ranks.run(tokens, 2, several)
 
 
 def refused(group: ProcessGroup) -> list[str]:

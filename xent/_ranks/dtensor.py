@@ -203,16 +203,19 @@ def on_head(
     places = Places(mesh, logits, torch.Size((*input.shape[:-1], len(linear_weight))), axis)
     if _is_dtensor(input):
         input = input.redistribute(placements=hidden)
-    soft = target.dim() > axis
+    per_class = target.dim() > axis  # probabilities, or K candidates
+    of_target = places.per_row
+    if per_class:
+        of_target = places.logits if target.is_floating_point() else places.candidates
     of_batch = tuple(Partial() if i in places.batch else p for i, p in enumerate(places.classes))
     h = places.part("input", input, tuple(hidden))
     W = places.part("linear_weight", linear_weight, places.classes, of_batch)
     options["linear_bias"] = places.part("linear_bias", linear_bias, places.classes, of_batch)
-    y = places.part("target", target, places.logits if soft else places.per_row)
+    y = places.part("target", target, of_target)
     if (weight := options.get("weight")) is not None:
         options["weight"] = places.class_weight(weight)
     shift = bool(options.get("shift"))
-    counted = y[..., 1:, :] if soft and shift else y[..., 1:] if shift else y
+    counted = y[..., 1:, :] if per_class and shift else y[..., 1:] if shift else y
     places.add_divisor(options, counted, counted.shape[:axis].numel(), weight)
     places.shape = torch.Size((*input.shape[: axis - shift], *[input.shape[axis - 1] - 1] * shift, len(linear_weight)))
     return places.whole(function(h, W, y, **options, group=places.group))

@@ -89,7 +89,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         hidden, weight, bias, target, *found = ctx.saved_tensors
         gathered, group, options = Gathered(*found[:3]), _torch.process_group(ctx.group), ctx.options
         ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[:4], len(weight)
-        y, own, flowing = gathered.of_rank(group.rank(), g, target, ignore_index, C, options.wanted)
+        (y,), own, flowing = gathered.of_rank(group.rank(), g, target[None], ignore_index, C, options.wanted)
         local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
         with torch.no_grad():
             if found[3:]:
