@@ -101,6 +101,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, Any], bool, bool]] = {
     "linear mean": (linear, {"label_smoothing": 0.1}, True, True),
     "linear none": (linear, {"reduction": "none"}, True, True),
     "linear statistics": (linear_entropy, {}, False, True),
+    "linear, sparse": (linear, {"grad_resolution": 0.1}, False, True),
 }
 CASES = [
     (name, soft, parallel)

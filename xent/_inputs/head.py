@@ -32,7 +32,7 @@ class LinearRows(NamedTuple):
 
     def shaped(self, numbers: Tensor) -> Tensor:
         """One number per position (or K), without the last one of each sequence, which predicts nothing."""
-        numbers = numbers.view(*self.shape, *numbers.shape[2:])
+        numbers = numbers.view((*self.shape, *numbers.shape[2:]))
         return numbers.narrow(len(self.shape) - 1, 0, self.shape[-1] - 1) if self.shift else numbers
 
 
