@@ -33,7 +33,7 @@ BACKENDS = dispatch.BACKENDS  # in order of preference
 def missing(backend: str, logits: Tensor, target: Tensor) -> str | None:
     """Why this machine lacks a backend, or why it does not take these tensors."""
     module = dispatch.load(backend)
-    return module if isinstance(module, str) else module.refusal(logits.flatten(0, -2), target.flatten())
+    return module if isinstance(module, str) else module.refusal(logits.flatten(0, -2)[None], target.flatten()[None])
 
 
 @contextmanager

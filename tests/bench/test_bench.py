@@ -298,3 +298,9 @@ def test_a_fresh_process_runs_one_contender(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cases.Case, "grown", lambda self, *_: 8.0 * 2**20)
     assert cases.Case((2**11, 2**10)).peak(F_NAME, "float32", "cpu") == [1.0]
     assert cases.Case((2**11, 2**10)).peak(F_NAME, "bfloat16", "cpu") == []
+
+
+def test_a_backend_that_is_there_is_measured() -> None:
+    logits, target = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    there = [name for name in ("native", "eager") if not isinstance(contenders.dispatch.load(name), str)]
+    assert [contenders.missing(name, logits, target) for name in there] == [None] * len(there)

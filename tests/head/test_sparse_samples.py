@@ -51,7 +51,7 @@ def dense(samples: Samples, C: int, values: Tensor) -> Tensor:
     return found.index_put_((rows, samples.classes.long()), values)
 
 
-@pairwise(row=ROWS, dtype={"float64": torch.float64, "bfloat16": torch.bfloat16})
+@pairwise(row=ROWS, dtype=DTYPES)
 def test_each_class_is_its_probability_on_average(row: Tensor, dtype: torch.dtype) -> None:
     """Within 4.5 standard errors in 20,000 draws; the target, and p >= r, in every draw; never more than the bound."""
     x, C = row.to(dtype), len(row)

@@ -204,9 +204,8 @@ def on_head(
     if _is_dtensor(input):
         input = input.redistribute(placements=hidden)
     per_class = target.dim() > axis  # probabilities, or K candidates
-    of_target = places.per_row
-    if per_class:
-        of_target = places.logits if target.is_floating_point() else places.candidates
+    of_probabilities = per_class and target.is_floating_point()
+    of_target = places.logits if of_probabilities else places.candidates if per_class else places.per_row
     of_batch = tuple(Partial() if i in places.batch else p for i, p in enumerate(places.classes))
     h = places.part("input", input, tuple(hidden))
     W = places.part("linear_weight", linear_weight, places.classes, of_batch)
