@@ -59,7 +59,7 @@ def row_gradient(
     if upstream.wsum is not None:
         d += upstream.wsum[..., None] * (1 if class_weight is None else class_weight[at])
     d *= slope(z, spec.scale, spec.softcap)
-    d.masked_fill_(~rows_that_count(target, spec.ignore_index)[..., None], 0)
+    d.masked_fill_((y == spec.ignore_index)[..., None], 0)
     return found.scatter_(2, at, d.to(found.dtype))
 
 

@@ -21,10 +21,9 @@ struct Lanes {  // class i of all rows: at + i * stride
 inline int tile_stride(int rows) { return (rows + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES; }
 inline int classes_of_tile(int rows) { return SIZE / tile_stride(rows); }
 
-inline bool together(const Matrix& x, int64_t row, int rows) { return x.row_stride == 1 && row % x.B + rows <= x.B; }
-
-// Of rows that are one stride apart; otherwise row by row.
+// Whether these rows are one stride apart; and whether that is 1.
 inline bool in_step(const Matrix& x, int64_t row, int rows) { return row % x.B + rows <= x.B; }
+inline bool together(const Matrix& x, int64_t row, int rows) { return x.row_stride == 1 && in_step(x, row, rows); }
 
 template <class T, class F>
 LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, Lanes<F> z) {
