@@ -182,3 +182,15 @@ def test_errors(wrong: dict[str, Any], error: type[Exception], message: str) -> 
     q = torch.ones(target.shape) if "target_prob" not in wrong else wrong["target_prob"]
     with pytest.raises(error, match=re.escape(message)):
         xent.cross_entropy(torch.zeros(4, 5), target, target_prob=q)
+
+
+@pytest.mark.parametrize("offset", [1e30, -1e30, torch.finfo(torch.float32).min])
+def test_far_from_0(backend: str, offset: float) -> None:
+    """No common offset of the logits eats digits, of the gradient neither."""
+    x = torch.full((3, C), offset, requires_grad=True)
+    y, q = torch.tensor([[0, 5], [7, 7], [36, 1]]), torch.full((3, 2), 0.5)
+    loss = xent.cross_entropy(x, y, target_prob=q)
+    (grad,) = torch.autograd.grad(loss, x)
+    expected = (1 / C - dense(y, q)) / 3
+    torch.testing.assert_close(loss, torch.tensor(C).log())
+    torch.testing.assert_close(grad, expected)

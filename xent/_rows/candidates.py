@@ -52,7 +52,7 @@ def row_gradient(
     of_pass = upstream._replace(picked=torch.zeros_like(top[:1, :1]).expand_as(top))
     found = run(logits, y, top, lse, of_pass, given, class_weight, out)
 
-    log_p = (z - (top + lse)[..., None]).clamp_(min=-1e4)  # p log p is 0 where p is 0
+    log_p = (z - top[..., None] - lse[..., None]).clamp_(min=-1e4)  # p log p is 0 where p is 0
     g = upstream.lse[..., None]
     d = log_p.exp().mul_(g if upstream.entropy is None else g - upstream.entropy[..., None] * log_p)
     d += _sum_of_equals(found, at, torch.where(here, upstream.picked, 0))
