@@ -103,6 +103,30 @@ class Wanted(NamedTuple):
         return [*found, torch.empty_like(top, dtype=torch.int64)] if self.argmax else found
 
 
+class Objective(NamedTuple):
+    """The options of a loss that are no tensors: what is asked of the statistics, once they are there."""
+
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    on_empty: str = "nan"
+    ignore_index: int = -100
+    dtype: torch.dtype = torch.float32  # of the result
+
+    @property
+    def wanted(self) -> Wanted:
+        """The optional statistics that the formula reads."""
+        return Wanted(wsum=self.label_smoothing > 0)
+
+
+class LossWeights(NamedTuple):
+    """The class weights, each where it counts, and their sum."""
+
+    of_classes: Tensor | None = None  #  (C,): for probabilities and label smoothing
+    of_targets: Tensor | None = None  #  (C,): of the class of an index target
+    sum: float | Tensor = 0.0
+
+
 class Upstream(NamedTuple):
     """What flows back: the gradient of a loss for each statistic, one number per row (and candidate, for `picked`)."""
 

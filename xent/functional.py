@@ -15,11 +15,10 @@ from ._inputs.options import overridable
 from ._ranks.dtensor import distributed, on_logits
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.functions import rank_stats
-from ._records import RowSpec, Stats, Wanted, compute_dtype, has_candidates
+from ._records import Objective, RowSpec, Stats, Wanted, compute_dtype, has_candidates
 from ._rows import objective
 from ._rows.functions import row_stats
 from ._rows.loss import LossOptions, loss
-from ._rows.objective import Objective
 
 
 @overridable

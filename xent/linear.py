@@ -16,9 +16,8 @@ from ._inputs.rows import result_dtype
 from ._ranks.dtensor import distributed, on_head
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.head import rank_head_stats
-from ._records import RowSpec, statistics_dtype
+from ._records import Objective, RowSpec, statistics_dtype
 from ._rows import objective
-from ._rows.objective import Objective
 from .functional import TokenStats
 
 

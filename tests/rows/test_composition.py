@@ -82,7 +82,7 @@ def test_what_is_kept_is_the_logits_and_numbers_per_row() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         xent.cross_entropy(x, y)
-    large = [tensor for tensor in kept if tensor.numel() > y.numel()]
+    large = [tensor for tensor in kept if tensor.numel() > 3 * y.numel()]  # top, lse and mass at most
     assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
 
 

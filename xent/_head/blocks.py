@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from .._backends import advise_huge_pages, check_range
-from .._records import Layout, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
+from .._records import Layout, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
 from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
-from .._rows.objective import Objective
 from .products import add_outer, block_dtype, hidden_gradient, logits_of
 
 P = ParamSpec("P")

@@ -11,17 +11,16 @@ differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Layout, RowSpec, Stats, compute_dtype
-from . import objective, operators
+from .._records import Layout, Objective, RowSpec, compute_dtype, statistics_dtype
+from . import objective
+from .formula import loss_weights, losses, losses_gradient
 from .functions import row_stats
-from .objective import ClassTerms, Objective
 
 
 class LossOptions(NamedTuple):
@@ -57,27 +56,13 @@ def loss_by_graph(
     target_prob: Tensor | None = None,
 ) -> Tensor:
     """The same, differentiable any number of times in all its tensors."""
-    return _evaluate(row_stats, input, target, weight, normalizer, options, target_prob)[0]
-
-
-def _evaluate(
-    statistics: Callable[..., Stats],
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    options: LossOptions,
-    target_prob: Tensor | None = None,
-) -> tuple[Tensor, Stats, ClassTerms, float | Tensor | None, Tensor | None]:
-    """The loss, and what its derivative needs: the statistics, the terms of the classes, the divisor, the weights."""
     layout, spec, formula, inplace = options
     w = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
-    stats = statistics(input, target, layout, spec, formula.wanted, w, inplace)
+    stats = row_stats(input, target, layout, spec, formula.wanted, w, inplace)
     terms = objective.class_terms(target, weight, input.shape[layout.axis], formula)
     if target_prob is not None:
         stats, terms = objective.of_candidates(stats, terms, target, target_prob, spec.ignore_index)
-    value, divisor = objective.evaluate(stats, terms, target, normalizer, formula)
-    return layout.shaped(value, input.shape), stats, terms, divisor, w
+    return layout.shaped(objective.evaluate(stats, terms, target, normalizer, formula)[0], input.shape)
 
 
 class Loss(torch.autograd.Function):
@@ -92,30 +77,37 @@ class Loss(torch.autograd.Function):
         normalizer: float | Tensor | None,
         options: LossOptions,
     ) -> Tensor:
-        value, stats, *ctx.formula = _evaluate(operators.direct_statistics, input, target, weight, normalizer, options)
+        layout, spec, formula, _ = ctx.options = options
+        ctx.weights = loss_weights(weight, target, input.shape[layout.axis], formula, compute_dtype(input))
+        rows, tensor = layout.rows(input), None
+        if isinstance(normalizer, Tensor):  # divides at the end
+            tensor, dtype = normalizer, statistics_dtype(input.device)
+            total, ctx.divisor, numbers = losses(rows, target, ctx.weights, 1.0, spec, formula._replace(dtype=dtype))
+            value = (total / tensor).to(formula.dtype)
+        else:
+            value, ctx.divisor, numbers = losses(rows, target, ctx.weights, normalizer, spec, formula)
         # A normalizer that is a tensor is saved even where it is not needed, to be seen if it changes.
-        tensor = isinstance(normalizer, Tensor)
-        ctx.normalizer, ctx.options = None if tensor else normalizer, options
-        ctx.save_for_backward(input, target, weight, normalizer if tensor else None, stats.top, stats.lse, stats.mass)
-        return value
+        ctx.normalizer = None if tensor is not None else normalizer
+        ctx.save_for_backward(input, target, weight, tensor, *numbers)
+        return layout.shaped(value, input.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, normalizer, top, lse, mass = ctx.saved_tensors
+        input, target, weight, normalizer, *numbers = ctx.saved_tensors
         layout, spec, formula, inplace = ctx.options
-        terms, divisor, class_weight = ctx.formula
         again = torch.is_grad_enabled()
         if again or _torch.needs_operator(g) or _torch.needs_graph(input, g):
             with torch.enable_grad():
                 given = ctx.normalizer if normalizer is None else normalizer
                 value = loss_by_graph(input, target, weight, given, ctx.options)
             return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
-        share = g.to(lse.dtype)
-        if divisor is not None:
-            share = share / divisor
-        if share.dim():
-            share = share.reshape(lse.shape)
-        upstream = objective.row_upstream(top, lse, mass, terms, formula, share)
-        out = input.detach() if inplace else None
-        d_input = operators.direct_gradient(input, target, top, lse, upstream, class_weight, layout, spec, out)
+        if normalizer is not None:
+            g = g.to(statistics_dtype(g.device)) / normalizer
+        if g.dim():
+            g = g.reshape(layout.A, layout.B)
+        rows, out = layout.rows(input), layout.rows(input.detach()) if inplace else None
+        found = losses_gradient(rows, target, tuple(numbers), ctx.weights, g, ctx.divisor, spec, formula, out)
+        d_input = (
+            input.detach() if inplace else layout.restore(found, input.shape).data
+        )  # as of `operators.row_gradient`
         return d_input, None, None, None, None

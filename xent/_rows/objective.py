@@ -22,23 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._records import Stats, Upstream, Wanted, rows_that_count, statistics_dtype
-
-
-class Objective(NamedTuple):
-    """The options of a loss that are no tensors: what is asked of the statistics, once they are there."""
-
-    reduction: str = "mean"
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    on_empty: str = "nan"
-    ignore_index: int = -100
-    dtype: torch.dtype = torch.float32  # of the result
-
-    @property
-    def wanted(self) -> Wanted:
-        """The optional statistics that the formula reads."""
-        return Wanted(wsum=self.label_smoothing > 0)
+from .._records import Objective, Stats, Upstream, rows_that_count, statistics_dtype
 
 
 class ClassTerms(NamedTuple):

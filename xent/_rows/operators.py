@@ -43,9 +43,8 @@ def direct_statistics(
     spec: RowSpec,
     wanted: Wanted,
     class_weight: Tensor | None,
-    inplace: bool = False,
 ) -> Stats:
-    """The same, of tensors that are known to have memory; `inplace` is for a derivative."""
+    """The same, of tensors that are known to have memory."""
     return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
 
 

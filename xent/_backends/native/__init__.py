@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _torch
-from ..._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
+from ..._records import LossWeights, Objective, RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
 from .. import advise_huge_pages, check_range, elements_are_apart
 
 try:
@@ -45,13 +46,9 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
     """See `xent._rows.dispatch.row_statistics`."""
     kind = _taken(logits, target)
-    weight = None if class_weight is None else _class_weight(logits, class_weight)
+    weight = _class_weight("class_weight", class_weight, logits, compute_dtype(logits))
     stats = wanted.unpack(wanted.empty(logits, target), kind >= SOFT)
-    bad = _native.statistics(
-        *_read(logits, target, kind, spec, weight),
-        spec.classes,
-        *[0 if stat is None else stat.data_ptr() for stat in stats],
-    )
+    bad = _native.statistics(*_read(logits, target, kind, spec, weight), spec.classes, *map(_address, stats))
     if bad:
         check_range(target, spec.classes or 0, spec.ignore_index)  # raises
     return stats
@@ -69,19 +66,57 @@ def row_gradient(
 ) -> Tensor:
     """See `xent._rows.dispatch.row_gradient`."""
     kind = _taken(logits, target)
-    weight = None if class_weight is None else _class_weight(logits, class_weight)
-    shape = logits.shape[:2]
-    given = zip(NUMBERS, (top, lse, *upstream), strict=True)
-    numbers = [None if x is None else _per_row(name, x, shape) for name, x in given]
-    fresh = out is None
-    if out is None:
-        out = torch.empty_like(logits)
-    else:
-        _check_out(out, logits, target)
+    weight = _class_weight("class_weight", class_weight, logits, compute_dtype(logits))
+    numbers = _per_row(NUMBERS, (top, lse, *upstream), logits)
+    fresh, out = out is None, _gradient_memory(out, logits, target)
     _native.gradient(
-        *_read(logits, target, kind, spec, weight),
-        *[part for x in numbers for part in ((0, 0) if x is None else (x.data_ptr(), x.stride(1)))],
+        *_read(logits, target, kind, spec, weight), *_strided(numbers),
         out.data_ptr(), *out.stride(), out.itemsize, fresh,
+    )  # fmt: skip
+    return out
+
+
+def losses(
+    logits: Tensor, target: Tensor, weights: LossWeights, normalizer: float | None, spec: RowSpec, formula: Objective
+) -> tuple[Tensor, float, tuple[Tensor]]:
+    """See `xent._rows.formula.losses`. The numbers: top, lse and, of probabilities, mass."""
+    kind, each, dtype = _taken(logits, target), formula.reduction == "none", formula.dtype
+    held, shape = _loss_weights(weights, logits), logits.shape
+    numbers = torch.empty((2 + (kind >= SOFT), shape[0], shape[1]), dtype=FLOAT64)
+    written = dtype if dtype in LOGITS and not each else FLOAT64
+    value = torch.empty(shape[:2] if each else (), dtype=written)
+    divisor = _native.losses(
+        *_read(logits, target, kind, spec, held[0]), *_formula(formula, held, weights), numbers.data_ptr(),
+        value.data_ptr() if each else 0, 0 if each else value.data_ptr(), LOGITS[written],
+        formula.reduction == "mean" and normalizer is None, formula.on_empty == "zero",
+        1.0 if normalizer is None else normalizer,
+    )  # fmt: skip
+    if divisor is None:
+        check_range(target, shape[2], spec.ignore_index)  # raises
+    return value if written is dtype else value.to(dtype), divisor, (numbers,)
+
+
+def losses_gradient(
+    logits: Tensor,
+    target: Tensor,
+    numbers: tuple[Tensor],
+    weights: LossWeights,
+    g: Tensor,
+    divisor: float,
+    spec: RowSpec,
+    formula: Objective,
+    out: Tensor | None,
+) -> Tensor:
+    """See `xent._rows.formula.losses_gradient`."""
+    kind, held = _taken(logits, target), _loss_weights(weights, logits)
+    (found,), shape = numbers, logits.shape
+    if found.shape != (2 + (kind >= SOFT), *shape[:2]) or found.dtype is not FLOAT64 or not found.is_contiguous():
+        raise ValueError(f"numbers: expected what `losses` found, got {found.dtype} of shape {tuple(found.shape)}")
+    each = _per_row(("g",), (g if g.dim() else None,), logits)
+    fresh, out = out is None, _gradient_memory(out, logits, target)
+    _native.losses_gradient(
+        *_read(logits, target, kind, spec, held[0]), *_formula(formula, held, weights), found.data_ptr(),
+        *_strided(each), 0.0 if g.dim() else g.item(), divisor, out.data_ptr(), *out.stride(), out.itemsize, fresh,
     )  # fmt: skip
     return out
 
@@ -98,11 +133,11 @@ def row_samples(
     step = max(1, SLOTS // slots)
     for part in (slice(at, at + step) for at in range(0, B, step)):
         x, y = logits[:, part], target[:, part]
-        numbers = [_per_row(name, n[:, part], x.shape[:2]) for name, n in (("top", top), ("lse", lse))]
+        numbers = _per_row(NUMBERS, (top[:, part], lse[:, part]), x)
         classes = torch.empty(x.shape[1] * slots, dtype=torch.int32)
         p, counts = torch.empty(len(classes), dtype=dtype), torch.empty(x.shape[1], dtype=torch.int64)
         _native.samples(
-            *_read(x, y, _taken(x, y), spec, None), *[n for x in numbers for n in (x.data_ptr(), x.stride(1))],
+            *_read(x, y, _taken(x, y), spec, None), *_strided(numbers),
             uniform[part].data_ptr(), resolution, slots, classes.data_ptr(), p.data_ptr(), counts.data_ptr(),
         )  # fmt: skip
         count = int(counts.sum())
@@ -131,15 +166,22 @@ def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, 
     return out
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _read(logits: Tensor, target: Tensor, kind: int, spec: RowSpec, weight: Tensor | None) -> tuple[Any, ...]:
     """What each call begins with. An index target has no class stride."""
     A, B, C = logits.shape
     return (
         A, B, C, logits.data_ptr(), *logits.stride(), target.data_ptr(), *target.stride()[:2], target.stride(-1),
-        kind, spec.start, spec.ignore_index, spec.scale, spec.softcap or 0.0,
-        0 if weight is None else weight.data_ptr(), LOGITS[logits.dtype],
+        kind, spec.start, spec.ignore_index, spec.scale, spec.softcap or 0.0, _address(weight), LOGITS[logits.dtype],
         torch.get_num_threads() if A * B * C >= THREADED else 1,
     )  # fmt: skip
+
+
+def _formula(formula: Objective, held: tuple[Tensor | None, Tensor | None], weights: LossWeights) -> tuple[Any, ...]:
+    return formula.label_smoothing, formula.z_loss, float(weights.sum), _address(held[1])
 
 
 def _kind(logits: Tensor, target: Tensor) -> int | str:
@@ -174,22 +216,50 @@ def _taken(logits: Tensor, target: Tensor) -> int:
     return kind
 
 
-def _per_row(name: str, x: Tensor, shape: torch.Size) -> Tensor:
-    """(A, B) with one stride from row to row: all side by side, or one number for all."""
-    if x.shape != shape or not x.is_cpu:
-        raise ValueError(f"{name}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}")
-    if x.dtype is not FLOAT64 or x.is_neg():
-        x = x.resolve_neg().to(FLOAT64)
-    return x if x.is_contiguous() or x.stride() == (0, 0) else x.contiguous()
+def _per_row(names: Sequence[str], numbers: Sequence[Tensor | None], logits: Tensor) -> list[Tensor | None]:
+    """Each (A, B), all side by side, or one number for all."""
+    shape, found = logits.shape[:2], []
+    for name, x in zip(names, numbers, strict=False):
+        if x is not None:
+            if x.shape != shape or not x.is_cpu:
+                raise ValueError(
+                    f"{name}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}"
+                )
+            if x.dtype is not FLOAT64 or x.is_neg():
+                x = x.resolve_neg().to(FLOAT64)
+            if not (x.is_contiguous() or x.stride() == (0, 0)):
+                x = x.contiguous()
+        found.append(x)
+    return found
 
 
-def _class_weight(logits: Tensor, weight: Tensor) -> Tensor:
+def _strided(numbers: list[Tensor | None]) -> list[int]:
+    """Addresses, each with whether it is one number for all rows."""
+    return [part for x in numbers for part in ((0, 0) if x is None else (x.data_ptr(), x.stride() == (0, 0)))]
+
+
+def _class_weight(name: str, weight: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if weight is None:
+        return None
     if weight.shape != logits.shape[2:] or not weight.is_cpu:
         raise ValueError(
-            f"class_weight: expected a CPU tensor of shape ({logits.shape[2]},), "
-            f"got {tuple(weight.shape)} on {weight.device}"
+            f"{name}: expected a CPU tensor of shape ({logits.shape[2]},), got {tuple(weight.shape)} on {weight.device}"
         )
-    return weight.resolve_neg().to(compute_dtype(logits)).contiguous()
+    return weight.resolve_neg().to(dtype).contiguous()
+
+
+def _loss_weights(weights: LossWeights, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        _class_weight("class_weight", weights.of_classes, logits, compute_dtype(logits)),
+        _class_weight("row_weight", weights.of_targets, logits, FLOAT64),
+    )
+
+
+def _gradient_memory(out: Tensor | None, logits: Tensor, target: Tensor) -> Tensor:
+    if out is None:
+        return torch.empty_like(logits)
+    _check_out(out, logits, target)
+    return out
 
 
 def _check_out(out: Tensor, logits: Tensor, target: Tensor) -> None:

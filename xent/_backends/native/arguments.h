@@ -23,7 +23,7 @@ struct Arguments {
     }
     PerRow per_row() {
         double* data = address<double>();
-        return {data, integer()};
+        return {data, integer() != 0};
     }
 };
 
@@ -37,6 +37,14 @@ inline Call read_call(Arguments& a) {
     c.scale = a.real(), c.softcap = a.real();
     c.weight = a.address<void>();
     return c;
+}
+
+inline Formula read_formula(Arguments& a) {
+    Formula f{};
+    f.wanted = true;
+    f.eps = a.real(), f.z_loss = a.real(), f.weight_sum = a.real();
+    f.row_weight = a.address<double>();
+    return f;
 }
 
 inline bool wrong_count(Py_ssize_t given, Py_ssize_t expected) {

@@ -26,10 +26,10 @@ struct Matrix {  // (A, B, C) with any strides, of a type that the code knows; a
     }
 };
 
-struct PerRow {  // one number per row, stride 0 where it is the same for all; without data 0
+struct PerRow {  // one number per row, or the same for all; without data 0
     const double* data;
-    int64_t stride;
-    double operator[](int64_t row) const { return data ? data[row * stride] : 0; }
+    bool same;
+    double operator[](int64_t row) const { return data ? data[same ? 0 : row] : 0; }
 };
 
 // The sums over the classes seen so far of one row, in terms of t = z - max.
@@ -39,6 +39,22 @@ struct Found {
     double picked = 0, mass = 0;  //    sum k t and sum k, with k = q w; of an index target z_y and 0
     double wsum = 0, weights = 0;  //   sum w t, sum w
     int64_t argmax = 0;
+};
+
+// A loss, from the statistics of its rows: the formula of `_rows/objective.py`, of all options. eps: label smoothing.
+struct Formula {
+    bool wanted;
+    double eps, z_loss, weight_sum;
+    const double* row_weight;  // (C,): of the row's target, or null
+
+    double* losses;  // of each row, or null
+    struct Sums {
+        double loss, weight;
+        int64_t rows;
+    }* sums;  // of each task, in its own order, so that the number of threads changes nothing
+
+    PerRow g, mass;  // of the gradient: what flows back, and what it is divided by
+    double divisor;
 };
 
 struct Call {
@@ -66,6 +82,8 @@ struct Call {
     int64_t rows_per_task, parts, classes_per_task;
     Found* found;  // (N, parts), where parts > 1
 
+    Formula formula;
+
     struct Range {
         int64_t row, row_end, at, end;
     };
@@ -75,6 +93,7 @@ struct Call {
         return {first, last < N ? last : N, at, end < C ? end : C};
     }
     bool soft() const { return target_kind >= FLOAT32; }
+    bool has_wsum() const { return wsum || g_wsum.data || formula.eps > 0; }
     int64_t y(int64_t row) const {
         return target_kind == INT64 ? *target.at<int64_t>(row, 0) : *target.at<int32_t>(row, 0);
     }
@@ -110,32 +129,12 @@ inline void merge(Found& f, Found later) {
     f.weights += later.weights;
 }
 
-inline void finish(const Call& c, int64_t row, Found f) {
-    const bool ignored = c.ignored(row);
-    if (ignored) {
-        f = Found();
-        f.max = 0, f.sum = 1, f.argmax = -1;  // lse = log 1
-    }
-    const double log_sum = logarithm(f.sum);
-    const double top = std::isfinite(f.max) ? f.max : 0;
-    if (!c.soft()) {
-        const int64_t y = c.y(row) - c.start;
-        f.picked = ignored || y < 0 || y >= c.C ? 0 : f.picked - top;
-    }
-    c.top[row] = top;
-    c.lse[row] = log_sum;
-    c.picked[row] = f.picked;
-    if (c.mass) c.mass[row] = f.mass;
-    if (c.wsum) c.wsum[row] = f.wsum;
-    if (c.entropy) c.entropy[row] = log_sum - f.tilt / f.sum;  // -sum p (t - log sum)
-    if (c.argmax) c.argmax[row] = f.argmax;
-}
-
 // The entry points of one instruction set; the types of logits are float32, bfloat16, float16, float64.
 struct Kernels {
     const char* name;
     void (*statistics[4])(const Call&, int64_t task);
     void (*gradient[4])(const Call&, int64_t task);
+    void (*finish_parts)(const Call&);
     void (*exp32)(const float* t, float* out, int64_t n);
     void (*exp64)(const double* t, double* out, int64_t n);
 };

@@ -78,8 +78,9 @@ INLINE F exponential(F t) {
 // log x = k ln 2 + log m with x = 2^k m and m in [sqrt(1/2), sqrt(2)); log m = 2 artanh(s), s = (m - 1) / (m + 1), by its
 // series. Within 2 ulp; NaN, inf and x <= 0 as std::log has them, but for subnormal numbers, which no sum here is.
 INLINE double logarithm(double x) {
-    const uint64_t shifted = bits<uint64_t>(x) - bits<uint64_t>(0.70710678118654752);
-    const double k = double(int64_t(shifted) >> 52);
+    const uint64_t shifted = bits<uint64_t>(x) - bits<uint64_t>(0.70710678118654752) + (1023ull << 52);
+    // An integer below 2^52 as a double, without the conversion, which AVX2 lacks.
+    const double k = bits<double>(shifted >> 52 | bits<uint64_t>(0x1p52)) - (0x1p52 + 1023);
     const double m = bits<double>((shifted & 0xfffffffffffff) + bits<uint64_t>(0.70710678118654752));
     const double s = (m - 1) / (m + 1), v = s * s;
     double h = 1.0 / 21;

@@ -7,6 +7,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "arguments.h"
@@ -78,23 +79,20 @@ const SparseKernels& sparse_kernels() {
 
 // ------------------------------------------------------------------------------------------------- the primitives
 
-void statistics_of_few_rows(Call& c, int64_t dtype, unsigned threads) {
+void statistics(Call& c, int64_t dtype, unsigned threads) {
+    for (double* numbers : {c.top, c.lse, c.picked})
+        if (numbers && c.N * 8 >= HUGE_PAGES) advise_huge_pages(Pages(numbers, c.N * 8));
     Found found[FEW_ROWS * MOST_PARTS];
     c.found = found;
     run(kernels->statistics[dtype], c, threads);
-    for (int64_t row = 0; row < c.N; ++row) {
-        Found& all = found[row * c.parts];
-        for (int64_t part = 1; part < c.parts; ++part) merge(all, found[row * c.parts + part]);
-        finish(c, row, all);
-    }
+    if (c.parts > 1) kernels->finish_parts(c);
 }
 
-void statistics(Call& c, int64_t dtype, unsigned threads) {
-    cut(c);
-    if (c.parts == 1)
-        run(kernels->statistics[dtype], c, threads);
-    else
-        statistics_of_few_rows(c, dtype, threads);
+void write_number(double x, int64_t kind, void* out) {
+    if (kind == 0) narrow(float(x), *static_cast<float*>(out));
+    if (kind == 1) narrow(float(x), *static_cast<BFloat16*>(out));
+    if (kind == 2) narrow(float(x), *static_cast<Float16*>(out));
+    if (kind == 3) narrow(x, *static_cast<double*>(out));
 }
 
 void prepare_out(Call& c, int64_t bytes, bool fresh) {
@@ -134,9 +132,63 @@ PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
     std::atomic<bool> bad{false};
     c.bad = &bad;
+    cut(c);
     statistics(c, dtype, unsigned(threads));
     if (state) PyEval_RestoreThread(state);
     return PyBool_FromLong(bad);
+}
+
+// What the gradient needs of the statistics, the losses of the rows if `losses` takes them, and their sum over a divisor:
+// the `given` one or, of a `mean`, the number of rows or the sum of their weights, to which `empty` is added where no row
+// counts. Returns the divisor, or None if any target is no class.
+PyObject* py_losses(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 30)) return nullptr;
+    Arguments a{args};
+    Call c = read_call(a);
+    const int64_t dtype = a.integer(), threads = a.integer();
+    c.classes = c.C;
+    c.formula = read_formula(a);
+    c.top = a.address<double>(), c.lse = c.top + c.N, c.mass = c.soft() ? c.lse + c.N : nullptr;
+    c.formula.losses = a.address<double>();
+    void* value = a.address<void>();
+    const int64_t kind = a.integer(), mean = a.integer(), empty = a.integer();
+    const double given = a.real();
+    if (unreadable(c, {c.top})) return nullptr;
+    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
+    std::atomic<bool> bad{false};
+    c.bad = &bad;
+    cut(c);
+    const int64_t tasks = (c.N / c.rows_per_task + 1) * c.parts;
+    Formula::Sums few[64] = {}, all = {};
+    c.formula.sums = tasks <= 64 ? few : static_cast<Formula::Sums*>(std::calloc(size_t(tasks), sizeof *few));
+    if (c.formula.sums) {
+        statistics(c, dtype, unsigned(threads));
+        for (int64_t i = 0; i < tasks; ++i) {
+            const Formula::Sums& some = c.formula.sums[i];
+            all.loss += some.loss, all.weight += some.weight, all.rows += some.rows;
+        }
+    }
+    if (state) PyEval_RestoreThread(state);
+    if (!c.formula.sums) return PyErr_NoMemory();
+    if (c.formula.sums != few) std::free(c.formula.sums);
+    double divisor = !mean ? given : c.formula.row_weight ? all.weight : double(all.rows);
+    if (mean && all.rows == 0) divisor += double(empty);
+    if (value) write_number(all.loss / divisor, kind, value);
+    return bad ? Py_NewRef(Py_None) : PyFloat_FromDouble(divisor);
+}
+
+PyObject* gradient(Call& c, int64_t dtype, int64_t threads, Arguments& a) {
+    c.out = a.matrix(c.logits.B);
+    const int64_t itemsize = a.integer(), fresh = a.integer();
+    const void* out = c.C > 0 ? c.out.data : c.lse_in.data;
+    const void* upstream = c.formula.wanted ? c.formula.g.data : c.g_lse.data && c.g_picked.data ? c.g_lse.data : nullptr;
+    if (unreadable(c, {c.top_in.data, c.lse_in.data, upstream, out})) return nullptr;
+    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
+    prepare_out(c, c.N * c.C * itemsize, fresh != 0);
+    fresh ? cut_fresh(c, threads) : cut(c);
+    run(kernels->gradient[dtype], c, unsigned(threads));
+    if (state) PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
 }
 
 PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -146,16 +198,22 @@ PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const int64_t dtype = a.integer(), threads = a.integer();
     c.top_in = a.per_row(), c.lse_in = a.per_row(), c.g_lse = a.per_row();
     c.g_picked = a.per_row(), c.g_wsum = a.per_row(), c.g_entropy = a.per_row();
-    c.out = a.matrix(c.logits.B);
-    const int64_t itemsize = a.integer(), fresh = a.integer();
-    const void* out = c.C > 0 ? c.out.data : c.lse_in.data;
-    if (unreadable(c, {c.top_in.data, c.lse_in.data, c.g_lse.data, c.g_picked.data, out})) return nullptr;
-    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
-    prepare_out(c, c.N * c.C * itemsize, fresh != 0);
-    fresh ? cut_fresh(c, threads) : cut(c);
-    run(kernels->gradient[dtype], c, unsigned(threads));
-    if (state) PyEval_RestoreThread(state);
-    Py_RETURN_NONE;
+    return gradient(c, dtype, threads, a);
+}
+
+PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 34)) return nullptr;
+    Arguments a{args};
+    Call c = read_call(a);
+    const int64_t dtype = a.integer(), threads = a.integer();
+    c.formula = read_formula(a);
+    const double* numbers = a.address<double>();
+    c.top_in = {numbers, false}, c.lse_in = {numbers + c.N, false}, c.formula.mass = {numbers + 2 * c.N, false};
+    c.formula.g = a.per_row();
+    const double g = a.real();
+    if (!c.formula.g.data) c.formula.g = {&g, true};
+    c.formula.divisor = a.real();
+    return gradient(c, dtype, threads, a);
 }
 
 PyObject* py_samples(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -269,6 +327,8 @@ PyMODINIT_FUNC PyInit__native() {
     static PyMethodDef methods[] = {
         {"statistics", fast(py_statistics), METH_FASTCALL, nullptr},
         {"gradient", fast(py_gradient), METH_FASTCALL, nullptr},
+        {"losses", fast(py_losses), METH_FASTCALL, nullptr},
+        {"losses_gradient", fast(py_losses_gradient), METH_FASTCALL, nullptr},
         {"samples", fast(py_samples), METH_FASTCALL, nullptr},
         {"transpose", fast(py_transpose), METH_FASTCALL, nullptr},
         {"gather_sums", fast(py_gather_sums), METH_FASTCALL, nullptr},

@@ -16,6 +16,7 @@ using Compute = decltype(widen(T{}));
 
 #include "loops.h"
 #include "lanes.h"
+#include "numbers.h"
 #include "blocks.h"
 
 // ------------------------------------------------------------------------------------------------- chunks
@@ -89,7 +90,7 @@ INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t y, int64
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
     add_exp(c, found, x, z, n, at);
     const double base = std::isfinite(found.max) ? found.max : 0;
-    if (c.wsum) dot<F>(nullptr, w, z, n, base, found.weights, found.wsum);
+    if (c.has_wsum()) dot<F>(nullptr, w, z, n, base, found.weights, found.wsum);
     if (c.soft()) {
         dot(probabilities(c, row, at, n, q_buffer), w, z, n, base, found.mass, found.picked);
     } else if (at <= y && y < at + n) {
@@ -110,7 +111,7 @@ INLINE void gradient_chunk(const Call& c, int64_t row, int k, int64_t at, int n,
     c.g_entropy.data ? softmax<true>(z, n, of.top[k], of.a[k], of.h[k], d, logits, int(sizeof(T)))
                      : softmax<false>(z, n, of.top[k], of.a[k], of.h[k], d, logits, int(sizeof(T)));
     if (c.soft()) add_weighted(of.g_picked[k], probabilities(c, row + k, at, n, q_buffer), w, n, d);
-    if (c.g_wsum.data) add_weighted<F>(of.g_wsum[k], nullptr, w, n, d);
+    if (c.has_wsum()) add_weighted<F>(of.g_wsum[k], nullptr, w, n, d);
     if (c.softcap != 0) multiply_slope(z, n, F(c.softcap), d);
     if constexpr (!std::is_same_v<T, F>) store(d, n, out);
 }
@@ -135,10 +136,9 @@ LOOP void statistics_by_row(const Call& c, int64_t task, int64_t row, int rows, 
     for (int k = 0; k < rows; ++k) {
         const Found found = y[k] == IGNORED ? Found() : scan<T>(c, row + k, y[k], at, end);
         if (c.parts > 1) return void(c.found[task] = found);
-        all.top[k] = F(found.max), all.sum[k] = found.sum, all.tilt[k] = found.tilt, all.picked[k] = found.picked;
-        all.mass[k] = found.mass, all.wsum[k] = found.wsum, argmax[k] = found.argmax;
+        put_found(found, k, all, argmax);
     }
-    finish_block(c, row, rows, all, y, argmax);
+    finish_block(c, task, row, rows, all, y, argmax);
 }
 
 template <class T>
@@ -159,7 +159,7 @@ LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, i
     F z_y[WIDTH], value[WIDTH];
     Factors<F> of;
     targets_of(c, row, rows, y);
-    factors_of(c, row, rows, of);
+    factors_of(c, row, rows, y, of);
     for (int k = 0; k < rows; ++k) z_y[k] = begin <= y[k] && y[k] < end ? F(widen(*c.logits.at<T>(row + k, y[k]))) : 0;
     c.softcap == 0 ? convert(z_y, rows, F(c.scale), z_y) : convert_capped(z_y, rows, F(c.scale), F(c.softcap), z_y);
     if (!c.soft()) entries_of_targets(c, row, rows, y, z_y, of, value);
@@ -199,6 +199,7 @@ constexpr Kernels KERNELS = {
     NAME,
     {statistics<float>, statistics<BFloat16>, statistics<Float16>, statistics<double>},
     {gradient<float>, gradient<BFloat16>, gradient<Float16>, gradient<double>},
+    finish_parts,
     exp_all<float>,
     exp_all<double>,
 };

@@ -1,0 +1,215 @@
+// What the passes do for each row besides its logits, for the rows of a block at once: targets, logarithms, the formula
+// of a loss, and the factors of the gradient.
+
+constexpr int64_t IGNORED = std::numeric_limits<int64_t>::min();
+
+template <class F>
+struct Totals {  // the sums of each row, in terms of its top so far: see `Found`
+    F top[WIDTH];
+    double sum[WIDTH], tilt[WIDTH], picked[WIDTH], mass[WIDTH], wsum[WIDTH], weights[WIDTH];
+};
+
+// The targets of a block, as y - start; IGNORED where a row does not count, and for probabilities 0. One that is no class
+// is reported. It is nowhere among the classes that are read. Returns whether any row is left out.
+LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
+    if (c.soft()) {
+        std::memset(y, 0, size_t(rows) * sizeof *y);
+        return false;
+    }
+    const auto read = [&](const auto* first) {
+        const int64_t stride = c.target.row_stride;
+        for (int k = 0; k < rows; ++k) y[k] = first[k * stride];
+    };
+    if (!in_step(c.target, row, rows)) {
+        for (int k = 0; k < rows; ++k) y[k] = c.y(row + k);
+    } else if (c.target_kind == INT64) {
+        read(c.target.at<int64_t>(row, 0));
+    } else {
+        read(c.target.at<int32_t>(row, 0));
+    }
+    const int64_t ignore_index = c.ignore_index, start = c.start, classes = c.classes;
+    bool bad = false, ignored = false;
+#pragma omp simd reduction(| : bad, ignored)
+    for (int k = 0; k < rows; ++k) {
+        bad |= (y[k] < 0 || y[k] >= classes) && y[k] != ignore_index;
+        ignored |= y[k] == ignore_index;
+        y[k] = y[k] == ignore_index ? IGNORED : y[k] - start;
+    }
+    if (bad && c.bad) c.bad->store(true);
+    return ignored;
+}
+
+// The weights of the rows of a loss: 0 where a row does not count, and 1 where there are none.
+LOOP void weights_of(const Call& c, int rows, const int64_t* y, double* w) {
+    const double* row_weight = c.formula.row_weight;
+    for (int k = 0; k < rows; ++k) w[k] = y[k] != IGNORED;
+    for (int k = 0; k < rows && row_weight; ++k)
+        if (0 <= y[k] && y[k] < c.C) w[k] = row_weight[y[k]];
+}
+
+// Rounded twice, as torch does it: no fused multiply-add, so that a graph of torch operations finds the same bits.
+LOOP void add(const double* x, int n, double* out) {
+#pragma omp simd
+    for (int k = 0; k < n; ++k) out[k] += x[k];
+}
+
+template <class F>
+LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* picked,
+                    const double* w, double* loss) {
+    const Formula& f = c.formula;
+    const double *top = c.top + row, *lse = c.lse + row, kept = 1 - f.eps, share = f.eps / double(c.C);
+    const bool soft = c.soft(), gone = soft && f.eps == 1;  // of a q that is gone, not even 0 * inf
+    double minus[WIDTH];
+    for (int k = 0; k < rows; ++k) loss[k] = soft ? lse[k] * all.mass[k] : lse[k], minus[k] = -picked[k];
+    add(minus, rows, loss);
+    for (int k = 0; k < rows && f.row_weight; ++k) loss[k] *= w[k];
+    if (f.eps > 0) {
+        double smooth[WIDTH];
+        for (int k = 0; k < rows; ++k) smooth[k] = lse[k] * f.weight_sum, minus[k] = y[k] == IGNORED ? 0 : -all.wsum[k];
+        add(minus, rows, smooth);
+        for (int k = 0; k < rows; ++k) smooth[k] *= share, loss[k] = gone ? 0 : kept * loss[k];
+        add(smooth, rows, loss);
+    }
+    for (int k = 0; k < rows; ++k) minus[k] = f.z_loss * ((top[k] + lse[k]) * (top[k] + lse[k]));
+    if (f.z_loss != 0) add(minus, rows, loss);
+}
+
+template <class F>
+LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* picked) {
+    double loss[WIDTH], w[WIDTH], sum = 0, weight = 0, count = 0;
+    weights_of(c, rows, y, w);
+    losses_of(c, row, rows, all, y, picked, w, loss);
+    if (c.formula.losses) std::memcpy(c.formula.losses + row, loss, size_t(rows) * sizeof *loss);
+#pragma omp simd reduction(+ : sum, weight, count)
+    for (int k = 0; k < rows; ++k) sum += loss[k], weight += w[k], count += y[k] != IGNORED;
+    Formula::Sums& sums = c.formula.sums[task];
+    sums.loss += sum, sums.weight += weight, sums.rows += int64_t(count);
+}
+
+template <class F>
+LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const int64_t* argmax) {
+    double log_sum[WIDTH], own[WIDTH];
+    logarithms(all.sum, rows, log_sum);
+    double *top = c.top + row, *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
+    const int64_t C = c.C;
+    const bool soft = c.soft();
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) {
+        const bool counts = y[k] != IGNORED, here = counts && y[k] >= 0 && y[k] < C;
+        const double found = all.top[k], finite = found - found == 0 && counts ? found : 0;
+        top[k] = finite;
+        lse[k] = counts ? log_sum[k] : 0;
+        picked[k] = soft ? all.picked[k] : here ? all.picked[k] - finite : 0;
+    }
+    for (int k = 0; k < rows && c.mass; ++k) c.mass[row + k] = all.mass[k];
+    for (int k = 0; k < rows && c.wsum; ++k) c.wsum[row + k] = y[k] == IGNORED ? 0 : all.wsum[k];
+    for (int k = 0; k < rows && c.entropy; ++k)  // -sum p (t - log sum)
+        c.entropy[row + k] = y[k] == IGNORED ? 0 : log_sum[k] - all.tilt[k] / all.sum[k];
+    for (int k = 0; k < rows && c.argmax; ++k) c.argmax[row + k] = y[k] == IGNORED ? -1 : argmax[k];
+    if (c.formula.wanted) add_losses(c, task, row, rows, all, y, picked);
+}
+
+template <class F>
+INLINE void put_found(const Found& found, int k, Totals<F>& all, int64_t* argmax) {
+    all.top[k] = F(found.max), all.sum[k] = found.sum, all.tilt[k] = found.tilt, all.picked[k] = found.picked;
+    all.mass[k] = found.mass, all.wsum[k] = found.wsum, argmax[k] = found.argmax;
+}
+
+LOOP void finish_parts(const Call& c) {  // of all rows, which are few
+    int64_t y[WIDTH], argmax[WIDTH];
+    Totals<double> all;
+    targets_of(c, 0, int(c.N), y);
+    for (int row = 0; row < c.N; ++row) {
+        Found found = c.found[row * c.parts];
+        for (int64_t part = 1; part < c.parts; ++part) merge(found, c.found[row * c.parts + part]);
+        put_found(found, row, all, argmax);
+    }
+    finish_block(c, 0, 0, int(c.N), all, y, argmax);
+}
+
+// p (g - e log p) = e^t (a - h t) with t = z - top, and lse in the two factors of the row, which are taken in double.
+template <class F>
+struct Factors {
+    F top[WIDTH], a[WIDTH], h[WIDTH], g_picked[WIDTH], g_wsum[WIDTH];
+    double lse[WIDTH], g_lse[WIDTH], g_target[WIDTH], g_sum[WIDTH];
+};
+
+template <class F>
+LOOP void read(const PerRow& x, int64_t row, int rows, F* out) {
+    const double* first = x.data + (x.same ? 0 : row);
+    if (x.same)
+        for (int k = 0; k < rows; ++k) out[k] = F(*first);
+    else
+        for (int k = 0; k < rows; ++k) out[k] = F(first[k]);
+}
+
+// The derivatives of the sum of g loss / divisor, as `row_upstream` of `_rows/objective.py` has them.
+template <class F>
+LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t* y, Factors<F>& of) {
+    const Formula& f = c.formula;
+    const double eps = f.eps / double(c.C), divisor = f.divisor;
+    const bool soft = c.soft();
+    double share[WIDTH], w[WIDTH], more[WIDTH];
+    weights_of(c, rows, y, w);
+    read(f.g, row, rows, share);
+    if (soft) read(f.mass, row, rows, w);
+    for (int k = 0; k < rows; ++k) {
+        share[k] /= divisor;
+        const double kept = share[k] * (1 - f.eps);
+        of.g_lse[k] = kept * w[k];
+        of.g_target[k] = soft ? -kept : -of.g_lse[k];
+        of.g_sum[k] = -(share[k] * eps);
+        more[k] = share[k] * eps * f.weight_sum;
+    }
+    if (f.eps > 0) add(more, rows, of.g_lse);
+    for (int k = 0; k < rows; ++k) more[k] = share[k] * (2 * f.z_loss) * (double(of.top[k]) + of.lse[k]);
+    if (f.z_loss != 0) add(more, rows, of.g_lse);
+}
+
+template <class F>
+LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Factors<F>& of) {
+    double minus[WIDTH], factor[WIDTH], g_entropy[WIDTH] = {};
+    read(c.lse_in, row, rows, of.lse);
+    read(c.top_in, row, rows, of.top);
+    if (c.formula.wanted) upstream_of_losses(c, row, rows, y, of);
+    if (c.g_lse.data) read(c.g_lse, row, rows, of.g_lse);
+    if (c.g_picked.data) read(c.g_picked, row, rows, of.g_target);
+    if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);
+    if (c.g_wsum.data) read(c.g_wsum, row, rows, of.g_sum);
+    bool large = false;
+#pragma omp simd reduction(| : large)
+    for (int k = 0; k < rows; ++k) {
+        minus[k] = -of.lse[k];
+        large |= !(minus[k] < 700);
+    }
+    exponentials(minus, rows, factor);
+    for (int k = 0; k < rows && large; ++k) factor[k] = std::exp(minus[k]);
+    const double scale = c.scale;
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) {
+        of.a[k] = F((of.g_lse[k] + g_entropy[k] * of.lse[k]) * (factor[k] * scale));
+        of.h[k] = F(g_entropy[k] * (factor[k] * scale));
+        of.g_picked[k] = F(of.g_target[k] * scale);
+    }
+    for (int k = 0; k < rows && c.has_wsum(); ++k) of.g_wsum[k] = F(of.g_sum[k] * scale);
+}
+
+// The gradient at the targets, whose scores are z_y: in double, since p - 1 may be tiny, and rounded once.
+template <class F>
+LOOP void entries_of_targets(const Call& c, int64_t row, int rows, const int64_t* y, const F* z_y, const Factors<F>& of, F* value) {
+    const F* w = static_cast<const F*>(c.weight);
+    double t[WIDTH] = {}, p[WIDTH], more[WIDTH] = {};
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) t[k] = double(z_y[k]) - double(of.top[k]) - of.lse[k];
+    exponentials(t, rows, p);
+    for (int k = 0; k < rows && c.has_wsum(); ++k)
+        if (0 <= y[k] && y[k] < c.C) more[k] = of.g_sum[k] * (w ? double(w[y[k]]) : 1);
+    for (int k = 0; k < rows && c.g_entropy.data; ++k)
+        more[k] -= t[k] < -1000 ? 0 : p[k] * c.g_entropy[row + k] * t[k];
+    const double scale = c.scale, softcap = c.softcap;
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) {
+        const double u = softcap == 0 ? 0 : double(z_y[k]) / softcap;
+        value[k] = F((p[k] * of.g_lse[k] + of.g_target[k] + more[k]) * scale * (1 - u * u));
+    }
+}
