@@ -45,12 +45,12 @@ inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned
 
 constexpr int64_t TASK = 32768;  // logits: enough to be worth handing out, too few to leave a thread waiting long
 constexpr int64_t FEW_ROWS = 16, MOST_PARTS = 16;
-constexpr int64_t SHORT = 32;  // classes: of fewer, many rows at a time take less time
+constexpr int64_t SHORT = 80, SHORT_GRADIENT = 24;  // classes: of fewer, many rows at a time take less time
 
 // The same for every number of threads, so that the statistics are too.
 inline void cut(Call& c) {
     const bool side_by_side = c.logits.class_stride == 1 && (!c.out.data || c.out.class_stride == 1);
-    c.by_class = !side_by_side || (c.N >= FEW_ROWS && c.C <= SHORT);
+    c.by_class = !side_by_side || (c.N >= FEW_ROWS && c.C <= (c.out.data ? SHORT_GRADIENT : SHORT));
     c.rows_per_task = TASK / (c.C + 1) + 1;
     if (c.by_class) c.rows_per_task = (c.rows_per_task + 255) / 256 * 256;
     c.classes_per_task = c.N > FEW_ROWS ? c.C + 1 : (c.C / TASK / MOST_PARTS + 1) * TASK;
