@@ -28,6 +28,7 @@ def _key_set(names: list[str]) -> int:
 
 
 _PLAIN = _key_set(_PLAIN_NAMES)
+_BEYOND = ~_PLAIN
 _MODE = _key_set(["Python", "PythonTLSSnapshot"])  # a TorchDispatchMode is active
 _ModeKey = torch._C._TorchDispatchModeKey
 _TRACERS = (_ModeKey.FAKE, _ModeKey.PROXY, _ModeKey.FUNCTIONAL)
@@ -40,7 +41,11 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return (_keys_of_thread() | _keys_of(tensors)) & ~_PLAIN != 0
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for tensor in tensors:  # as `_keys_of`, without the call
+        if tensor is not None:
+            keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return keys & _BEYOND != 0
 
 
 def is_traced(*tensors: Tensor | None) -> bool:

@@ -49,9 +49,9 @@ def test_formula(
     g = torch.rand(A, B, dtype=torch.float64) if objective.reduction == "none" else torch.tensor(0.7)
 
     def find() -> tuple[Tensor, Tensor, Tensor]:
-        value, divisor, numbers = formula.losses(x, y, weights, None, spec, objective)
-        grad = formula.losses_gradient(x, y, numbers, weights, g, divisor, spec, objective, None)
-        return value, torch.tensor(1.0 if divisor is None else float(divisor)), grad
+        value, numbers, found = formula.losses(x, y, weights, None, spec, objective)
+        grad = formula.losses_gradient(x, y, numbers, found, g, spec, objective, None)
+        return value, torch.tensor(1.0 if found.divisor is None else float(found.divisor)), grad
 
     before = native._native.use(instructions)
     found = find()

@@ -12,6 +12,7 @@ Only logits whose positions need three strides are copied: three dimensions cut 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -60,16 +61,28 @@ def read_batch(
     else:
         target = as_index(target, ignore_index)
 
-    axis = class_dim(shape, target.shape, dim, candidates)
-    positions = shape[:axis] + shape[axis + 1 :]
-    A, B, apart = _split(positions, strides[:axis] + strides[axis + 1 :])
+    numbers = (*shape, *strides, *target.shape, *(() if dim is None else (dim,)))
+    known = not torch.compiler.is_compiling() and all(type(n) is int for n in numbers)  # else symbols, or a wrong dim
+    layout, apart = (_known_layout if known else _layout)(shape, strides, target.shape, dim, candidates)
     if inplace and not (apart and elements_are_apart(input)):
         raise RuntimeError(
             "inplace_backward: expected logits that are rows in memory of their own, got strides "
-            f"{strides} for shape {tuple(shape)}, classes in dimension {axis}: the gradient cannot be written over them"
+            f"{strides} for shape {tuple(shape)}, classes in dimension {layout.axis}: "
+            "the gradient cannot be written over them"
         )
-    layout = Layout(axis, A, B)
-    return Batch(layout, layout.rows(target) if soft or candidates else target.reshape(A, B), soft)
+    return Batch(layout, layout.rows(target) if soft or candidates else target.reshape(layout.A, layout.B), soft)
+
+
+def _layout(
+    shape: torch.Size, strides: tuple[int, ...], target: torch.Size, dim: int | None, candidates: bool
+) -> tuple[Layout, bool]:
+    """Where the rows are, and whether they are so many strides apart that nothing has to be copied."""
+    axis = class_dim(shape, target, dim, candidates)
+    A, B, apart = _split(shape[:axis] + shape[axis + 1 :], strides[:axis] + strides[axis + 1 :])
+    return Layout(axis, A, B), apart
+
+
+_known_layout = functools.lru_cache(maxsize=256)(_layout)
 
 
 def _split(positions: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, bool]:
@@ -90,8 +103,10 @@ def _split(positions: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, b
 
 def result_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the loss: input's, but float32 where autocast is on, as for torch's own losses."""
+    if input.dtype in (torch.float32, torch.float64):
+        return input.dtype
     kind = input.device.type
-    if input.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.float32
     return input.dtype
 

@@ -6,7 +6,8 @@ of rows of few classes, too. A backend may therefore have the same two functions
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +17,15 @@ from .._records import LossWeights, Objective, RowSpec, statistics_dtype
 from . import dispatch, objective
 from .objective import ClassTerms
 
-Divisor = float | Tensor | None
 Numbers = tuple[Any, ...]  # of each row: one tensor of the backend's own, or (top, lse, mass)
+
+
+class Found(NamedTuple):
+    """What the gradient needs besides the tensors of `Numbers`, which autograd holds."""
+
+    backend: ModuleType | None  # None: by `objective`
+    divisor: float | Tensor | None
+    weights: LossWeights
 
 
 def loss_weights(
@@ -30,8 +38,9 @@ def loss_weights(
     total: float | Tensor = classes
     if formula.label_smoothing > 0:  # else nothing asks for it
         total = weight.sum(dtype=statistics_dtype(weight.device))
+    of_targets = None if target.is_floating_point() else weight.to(statistics_dtype(weight.device))
     of_classes = objective.class_weight(weight, target, formula.label_smoothing, dtype)
-    return LossWeights(of_classes, None if target.is_floating_point() else weight, total)
+    return LossWeights(of_classes, of_targets, total)
 
 
 def losses(
@@ -41,34 +50,34 @@ def losses(
     normalizer: float | None,
     spec: RowSpec,
     formula: Objective,
-) -> tuple[Tensor, Divisor, Numbers]:
-    """The loss, (A, B) or reduced, what it was divided by, and what the gradient needs of the rows."""
+) -> tuple[Tensor, Numbers, Found]:
+    """The loss, (A, B) or reduced, and what its gradient needs."""
     module = dispatch.backend_for(logits, target)
     if hasattr(module, "losses") and logits.numel() > 0:
-        return module.losses(logits, target, weights, normalizer, spec, formula)  # type: ignore[no-any-return]
+        value, divisor, numbers = module.losses(logits, target, weights, normalizer, spec, formula)
+        return value, (numbers,), Found(module, divisor, weights)
     stats = dispatch.row_statistics(logits, target, spec, formula.wanted, weights.of_classes)
     value, divisor = objective.evaluate(stats, _terms(logits, target, weights, formula), target, normalizer, formula)
-    return value, divisor, (stats.top, stats.lse, stats.mass)
+    return value, (stats.top, stats.lse, stats.mass), Found(None, divisor, weights)
 
 
 def losses_gradient(
     logits: Float[Tensor, "A B C"],
     target: Int[Tensor, "A B"] | Float[Tensor, "A B C"],
     numbers: Numbers,
-    weights: LossWeights,
+    found: Found,
     g: Float[Tensor, "A B"] | Float[Tensor, ""],
-    divisor: Divisor,
     spec: RowSpec,
     formula: Objective,
     out: Float[Tensor, "A B C"] | None,
 ) -> Float[Tensor, "A B C"]:
     """The gradient of sum(g * losses) / divisor with respect to the raw logits; `out` as in `dispatch.row_gradient`."""
-    if len(numbers) == 1:
-        module = dispatch.backend_for(logits, target)
-        found = module.losses_gradient(logits, target, numbers, weights, g, divisor, spec, formula, out)
+    module, divisor, weights = found
+    if module is not None:
+        grad = module.losses_gradient(logits, target, *numbers, weights, g, divisor, spec, formula, out)
         if out is not None:
             torch.autograd.graph.increment_version(out)
-        return found  # type: ignore[no-any-return]
+        return grad  # type: ignore[no-any-return]
     top, lse, mass = numbers
     share = g.to(lse.dtype) if divisor is None else g.to(lse.dtype) / divisor
     upstream = objective.row_upstream(top, lse, mass, _terms(logits, target, weights, formula), formula, share)

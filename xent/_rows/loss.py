@@ -78,15 +78,14 @@ class Loss(torch.autograd.Function):
         options: LossOptions,
     ) -> Tensor:
         layout, spec, formula, _ = ctx.options = options
-        ctx.weights = loss_weights(weight, target, input.shape[layout.axis], formula, compute_dtype(input))
-        rows, tensor = layout.rows(input), None
-        if isinstance(normalizer, Tensor):  # divides at the end
-            tensor, dtype = normalizer, statistics_dtype(input.device)
-            total, ctx.divisor, numbers = losses(rows, target, ctx.weights, 1.0, spec, formula._replace(dtype=dtype))
-            value = (total / tensor).to(formula.dtype)
-        else:
-            value, ctx.divisor, numbers = losses(rows, target, ctx.weights, normalizer, spec, formula)
-        # A normalizer that is a tensor is saved even where it is not needed, to be seen if it changes.
+        weights = loss_weights(weight, target, input.shape[layout.axis], formula, compute_dtype(input))
+        tensor, given = (normalizer, 1.0) if isinstance(normalizer, Tensor) else (None, normalizer)
+        if tensor is not None:  # divides at the end
+            formula = formula._replace(dtype=statistics_dtype(input.device))
+        value, numbers, ctx.found = losses(layout.rows(input), target, weights, given, spec, formula)
+        if tensor is not None:
+            value = (value / tensor).to(options.formula.dtype)
+        # It is saved even where it is not needed, to be seen if it changes.
         ctx.normalizer = None if tensor is not None else normalizer
         ctx.save_for_backward(input, target, weight, tensor, *numbers)
         return layout.shaped(value, input.shape)
@@ -106,7 +105,7 @@ class Loss(torch.autograd.Function):
         if g.dim():
             g = g.reshape(layout.A, layout.B)
         rows, out = layout.rows(input), layout.rows(input.detach()) if inplace else None
-        found = losses_gradient(rows, target, tuple(numbers), ctx.weights, g, ctx.divisor, spec, formula, out)
+        found = losses_gradient(rows, target, tuple(numbers), ctx.found, g, spec, formula, out)
         d_input = (
             input.detach() if inplace else layout.restore(found, input.shape).data
         )  # as of `operators.row_gradient`

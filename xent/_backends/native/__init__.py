@@ -78,7 +78,7 @@ def row_gradient(
 
 def losses(
     logits: Tensor, target: Tensor, weights: LossWeights, normalizer: float | None, spec: RowSpec, formula: Objective
-) -> tuple[Tensor, float, tuple[Tensor]]:
+) -> tuple[Tensor, float, Tensor]:
     """See `xent._rows.formula.losses`. The numbers: top, lse and, of probabilities, mass."""
     kind, each, dtype = _taken(logits, target), formula.reduction == "none", formula.dtype
     held, shape = _loss_weights(weights, logits), logits.shape
@@ -93,13 +93,13 @@ def losses(
     )  # fmt: skip
     if divisor is None:
         check_range(target, shape[2], spec.ignore_index)  # raises
-    return value if written is dtype else value.to(dtype), divisor, (numbers,)
+    return value if written is dtype else value.to(dtype), divisor, numbers
 
 
 def losses_gradient(
     logits: Tensor,
     target: Tensor,
-    numbers: tuple[Tensor],
+    numbers: Tensor,
     weights: LossWeights,
     g: Tensor,
     divisor: float,
@@ -109,13 +109,13 @@ def losses_gradient(
 ) -> Tensor:
     """See `xent._rows.formula.losses_gradient`."""
     kind, held = _taken(logits, target), _loss_weights(weights, logits)
-    (found,), shape = numbers, logits.shape
-    if found.shape != (2 + (kind >= SOFT), *shape[:2]) or found.dtype is not FLOAT64 or not found.is_contiguous():
-        raise ValueError(f"numbers: expected what `losses` found, got {found.dtype} of shape {tuple(found.shape)}")
+    shape = logits.shape
+    if numbers.shape != (2 + (kind >= SOFT), *shape[:2]) or numbers.dtype is not FLOAT64 or not numbers.is_contiguous():
+        raise ValueError(f"numbers: expected what `losses` found, got {numbers.dtype} of shape {tuple(numbers.shape)}")
     each = _per_row(("g",), (g if g.dim() else None,), logits)
     fresh, out = out is None, _gradient_memory(out, logits, target)
     _native.losses_gradient(
-        *_read(logits, target, kind, spec, held[0]), *_formula(formula, held, weights), found.data_ptr(),
+        *_read(logits, target, kind, spec, held[0]), *_formula(formula, held, weights), numbers.data_ptr(),
         *_strided(each), 0.0 if g.dim() else g.item(), divisor, out.data_ptr(), *out.stride(), out.itemsize, fresh,
     )  # fmt: skip
     return out
