@@ -17,14 +17,20 @@
 #include "sparse.h"
 #include "threads.h"
 
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // ------------------------------------------------------------------------------------------------- instruction sets
 
 #if defined(__GNUC__) && defined(__x86_64__)
+#define F16C
 namespace avx512 {
 #define NAME "avx512"
-#define LOOP __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define LOOP __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "rows.h"
 #include "samples.h"
 #undef LOOP
@@ -33,12 +39,13 @@ namespace avx512 {
 
 namespace avx2 {
 #define NAME "avx2"
-#define LOOP __attribute__((noinline, target("avx2,fma")))
+#define LOOP __attribute__((noinline, target("avx2,fma,f16c")))
 #include "rows.h"
 #include "samples.h"
 #undef LOOP
 #undef NAME
 }  // namespace avx2
+#undef F16C
 #endif
 
 namespace baseline {  // what the compiler may assume anyway: SSE2 on x86-64, NEON on arm64
@@ -57,7 +64,9 @@ int available(const Kernels** sets) {
     int n = 0;
 #if defined(__GNUC__) && defined(__x86_64__)
     __builtin_cpu_init();
-    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a, b, c = 0, d;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;  // of which not every compiler knows the name
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         sets[n++] = &avx512::KERNELS;
