@@ -1,7 +1,8 @@
 """The primitives in torch operations: the specification, for any device and dtype.
 
 Rows are taken in blocks, so that nothing else of the size of the logits ever exists; on the CPU in blocks whose scores
-fit in the cache, so that the passes over a block (maximum, subtraction, exp, sum) read DRAM once between them.
+fit in the cache, so that the passes over a block (maximum, subtraction, exp, sum) read DRAM once between them. What is
+computed for each row stays there, too, until it is written: of few classes, that is most of the work.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from .._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
 from . import advise_huge_pages, blocks, check_range, rows_of_block, scores, slope
 
-CACHE_BYTES = 2 << 20  # of scores per block: what the second-level caches of a few cores hold twice
+CACHE_BYTES = 4 << 20  # of scores per block: in a third-level cache, and so many that operations outlast their calls
 
 
 ABOUT = "torch operations on blocks of rows, for any device and dtype"
@@ -28,48 +29,43 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
     """See `xent._rows.dispatch.row_statistics`."""
-    dtype = statistics_dtype(logits.device)
-    zeros = torch.zeros(logits.shape[:2], dtype=dtype, device=logits.device)
-    soft = target.is_floating_point()
-    if not soft:
+    C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
+    all_held = _all_are_held(target, spec, C)
+    if not soft and not all_held:
         check_range(target, spec.classes or 0, spec.ignore_index)
-        y, here = _local(target, spec.start, logits.shape[2])
-
-    top, s = zeros.clone(), zeros + 1  # a row that is never read has lse = log 1
-    picked, mass = zeros.clone(), zeros.clone() if soft else None
-    wsum = zeros.clone() if wanted.wsum else None
-    eu = zeros.clone() if wanted.entropy else None
-    argmax = torch.full_like(zeros, -1, dtype=torch.int64) if wanted.argmax else None
-    for rows in _blocks(logits, target, spec.ignore_index):
+    kept, mask = (None, None) if all_held else _kept(target, spec.ignore_index)
+    stats = wanted.unpack(wanted.empty(logits, target), soft)
+    if kept is not None:
+        for all_rows in stats.pack():
+            all_rows.fill_(-1 if all_rows is stats.argmax else 0)
+    for rows in _blocks(logits, kept):
         z = scores(logits[rows], spec.scale, spec.softcap)
-        peak = z.amax(-1)
-        peak = torch.where(peak.isfinite(), peak, 0)  # a row of -inf: exp(-inf - 0), not exp(-inf - -inf)
-        top[rows] = peak.to(dtype)
-        u = z - peak[..., None]
-        if mass is None:
-            picked[rows] = u.gather(-1, y[rows][..., None])[..., 0].to(dtype)
-        else:
+        top = z.amax(-1)
+        u = z - top.clamp(min=torch.finfo(z.dtype).min)[..., None]  # of -inf: not -inf - -inf; of +inf: NaN, as due
+        mass = wsum = entropy = argmax = None
+        if soft:
             q = _weighted(target[rows].to(u.dtype), class_weight)
-            mass[rows] = q.sum(-1, dtype=dtype)
-            picked[rows] = _dot(q, u, dtype)
-        if wsum is not None:
-            wsum[rows] = u.sum(-1, dtype=dtype) if class_weight is None else _dot(class_weight, u, dtype)
-        if argmax is not None:
-            argmax[rows] = z.argmax(-1)
-        e = u.exp_() if eu is None else u.exp()
-        s[rows] = e.sum(-1).to(dtype)
-        if eu is not None:
-            eu[rows] = _dot(e, u, dtype)
+            picked, mass = _dot(q, u, dtype), q.sum(-1, dtype=dtype)
+        else:
+            y, here = (target[rows].long() - spec.start, None) if all_held else _local(target[rows], spec.start, C)
+            picked = u.gather(-1, y[..., None])[..., 0]
+            picked = picked if here is None else torch.where(here, picked, 0)
+        if wanted.wsum:
+            wsum = u.sum(-1, dtype=dtype) if class_weight is None else _dot(class_weight, u, dtype)
+        if wanted.argmax:
+            argmax = z.argmax(-1)
+        e = u.exp() if wanted.entropy else u.exp_()
+        s = e.sum(-1).to(dtype)
+        lse = s.log()
+        if wanted.entropy:
+            entropy = lse - _dot(e, u, dtype) / s  # -sum_c p_c (u_c - log s)
+        found = Stats(top.nan_to_num(0, 0, 0), lse, picked, mass, wsum, entropy, argmax).pack()
+        for all_rows, some in zip(stats.pack(), found, strict=True):
+            if mask is not None:
+                some = torch.where(mask[rows], some, -1 if some is argmax else 0)
+            all_rows[rows] = some.to(all_rows.dtype)
         del z, u, e  # so that the next block gets the same memory, which is in the cache and need not be faulted in
-
-    lse = s.log().masked_fill_(s.isposinf(), torch.nan)  # of a row with +inf
-    entropy = None if eu is None else lse - eu / s  # -sum_c p_c (u_c - log s)
-    if mass is not None:
-        return Stats(top, lse, picked, mass, wsum, entropy, argmax)
-
-    stats = Stats(top, lse, torch.where(here, picked, 0), None, wsum, entropy, argmax)
-    ignored = target == spec.ignore_index
-    return Stats(*[None if n is None else n.masked_fill(ignored, -1 if n is argmax else 0) for n in stats])  # type: ignore[arg-type]
+    return stats
 
 
 def row_gradient(
@@ -85,49 +81,44 @@ def row_gradient(
     """See `xent._rows.dispatch.row_gradient`."""
     if out is None:
         out = advise_huge_pages(torch.empty_like(logits))
-    dtype = compute_dtype(logits)
+    C, dtype, soft = logits.shape[2], compute_dtype(logits), target.is_floating_point()
+    g_lse, g_picked, g_wsum, g_entropy = upstream
+    plain = spec.scale == 1 and spec.softcap is None
+    all_held = _all_are_held(target, spec, C)
+    kept, mask = (None, None) if all_held else _kept(target, spec.ignore_index)
+    if kept is not None:
+        out[(target == spec.ignore_index).nonzero(as_tuple=True)] = 0
 
     def column(numbers: Tensor) -> Tensor:
         return numbers.to(dtype)[..., None]
 
-    # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - top, and lse in the two numbers of the row.
-    base, factor = column(top), torch.exp(-lse)
-    g_entropy = upstream.entropy
-    a = column((upstream.lse + (0 if g_entropy is None else g_entropy * lse)) * factor)
-    h = None if g_entropy is None else column(g_entropy * factor)
-    g = column(upstream.picked)
-    b = None if upstream.wsum is None else column(upstream.wsum)
-    soft = target.is_floating_point()
-    if not soft:
-        y, here = _local(target, spec.start, logits.shape[2])
-        y, g = y[..., None], g.masked_fill(~here[..., None], 0)
-    ignored = None if soft else (target == spec.ignore_index)[..., None]
-    plain = spec.scale == 1 and spec.softcap is None
-    drop = soft or _can_drop(logits)
-    for rows in _blocks(logits, target, spec.ignore_index):
+    for rows in _blocks(logits, kept):
         z = scores(logits[rows], spec.scale, spec.softcap)
         # Straight into the result where its rows are at hand and z is not needed again: no copy at the end.
-        direct = drop and plain and h is None and out.dtype == dtype and isinstance(rows[0], slice)
-        t = torch.sub(z, base[rows], out=out[rows] if direct else None)
-        if h is None:
-            d = t.exp_().mul_(a[rows])
+        direct = plain and g_entropy is None and out.dtype == dtype and isinstance(rows[0], slice)
+        t = torch.sub(z, column(top[rows]), out=out[rows] if direct else None)
+        # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - top, and lse in the two numbers of the row.
+        factor = lse[rows].neg().exp_()
+        if g_entropy is None:
+            d = t.exp_().mul_(column(g_lse[rows] * factor))
         else:  # p log p is 0 where p is 0: the clamp keeps 0 * -inf out
-            d = t.exp().mul_(a[rows] - h[rows] * t.clamp(min=-1e4))
+            a = column((g_lse[rows] + g_entropy[rows] * lse[rows]) * factor)
+            d = t.exp().mul_(a - column(g_entropy[rows] * factor) * t.clamp(min=-1e4))
         if soft:
-            d += g[rows] * _weighted(target[rows].to(dtype), class_weight)
+            d += column(g_picked[rows]) * _weighted(target[rows].to(dtype), class_weight)
         else:
-            d.scatter_add_(-1, y[rows], g[rows])
-        if b is not None:
-            d += _weighted(b[rows], class_weight)
+            y, here = (target[rows].long() - spec.start, None) if all_held else _local(target[rows], spec.start, C)
+            g = g_picked[rows] if here is None else torch.where(here, g_picked[rows], 0)
+            d.scatter_add_(-1, y[..., None], column(g))
+        if g_wsum is not None:
+            d += _weighted(column(g_wsum[rows]), class_weight)
         if not plain:
             d *= slope(z, spec.scale, spec.softcap)
-        if ignored is not None and not drop:
-            d = torch.where(ignored[rows], 0, d)
+        if mask is not None:
+            d.masked_fill_(~mask[rows][..., None], 0)
         if not direct:
             out[rows] = d.to(out.dtype)
         del z, t, d
-    if ignored is not None and drop:
-        out[ignored[..., 0].nonzero(as_tuple=True)] = 0
     return out
 
 
@@ -138,7 +129,7 @@ def row_samples(
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
     counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     classes, kept = [counts.new_empty(0, dtype=torch.int32)], [logits.new_empty(0, dtype=compute_dtype(logits))]
-    for rows in _blocks(logits, target, spec.ignore_index):
+    for rows in _blocks(logits, _kept(target, spec.ignore_index)[0]):
         z = scores(logits[rows], spec.scale, spec.softcap).view(-1, C)
         base, factor = (x[rows].to(z.dtype).view(-1, 1) for x in (top, torch.exp(-lse)))
         p, u = torch.exp(z - base) * factor, uniform[rows[1]].to(dtype)[:, None]
@@ -193,17 +184,37 @@ def _local(target: Tensor, start: int, C: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, C - 1), (local >= 0) & (local < C)
 
 
-def _can_drop(logits: Tensor) -> bool:
-    """Whether the ignored rows can be looked up: not without a host sync on a device, nor in a traced graph."""
-    return logits.device.type == "cpu" and not torch.compiler.is_compiling()
+def _all_are_held(target: Tensor, spec: RowSpec, C: int) -> bool:
+    """Whether every row counts and has its target among the classes held here, as far as can be looked at."""
+    if target.is_floating_point() or not _at_hand(target) or not target.numel():
+        return False
+    low, high = (int(y) for y in target.aminmax())
+    return spec.start <= low and high < spec.start + C and not low <= spec.ignore_index <= high
 
 
-def _blocks(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Any]]:
-    """Indices of the rows that count, in blocks that stay in cache; of all rows where they cannot be looked up."""
+def _at_hand(target: Tensor) -> bool:
+    """Whether numbers can be looked at: not without a host sync on a device, nor in a traced graph."""
+    return target.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kept(target: Tensor, ignore_index: int) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
+    """Indices of the rows that count, or a mask of them: without a host sync on a device, or in a traced graph.
+
+    None where all rows count.
+    """
+    if target.is_floating_point():
+        return None, None
+    keep = target != ignore_index
+    if not _at_hand(target):
+        return None, keep
+    return None if keep.all() else keep.nonzero(as_tuple=True), None
+
+
+def _blocks(logits: Tensor, kept: tuple[Tensor, ...] | None) -> Iterator[tuple[Any, Any]]:
+    """Indices of rows in blocks that stay in cache: of these rows, or of all."""
     A, B, _ = logits.shape
     count = rows_of_block(logits, CACHE_BYTES)
-    keep = target != ignore_index if not target.is_floating_point() and _can_drop(logits) else None
-    if keep is None or keep.all():
+    if kept is None:
         yield from blocks(A, B, count)
     else:
-        yield from zip(*[torch.split(index, count) for index in keep.nonzero(as_tuple=True)], strict=True)
+        yield from zip(*[torch.split(index, count) for index in kept], strict=True)
