@@ -10,7 +10,8 @@ of three bare products); the bytes that any loss must move, over the time (cases
 beyond the logits, in units of the logits, the gradient being 1 of it (--linear: MiB beyond the gradients); the largest
 relative error, of the loss or of a row of the gradient. On a GPU also the share of what a warm copy of the logits
 moves; the clock is the device's, and its L2 is cold. --small shows what a call costs: xent's time over torch's.
---map shows where xent is faster and where slower: rows by classes, and images, torch's time over xent's.
+--map shows where xent is faster and where slower: rows by classes, and images, torch's time over xent's; of large ones
+fewer rounds, so that all of it takes minutes.
 
 Exit code: 0; 1 if a contender computed something wrong (it is named and not timed) or xent failed; 2 for bad
 options; 130 after Ctrl-C, with everything measured so far reported and saved.
@@ -157,7 +158,7 @@ def measure(case: Case, dtype: str, options: argparse.Namespace) -> Iterator[Row
         names = list(case.contenders())
         rows = {name: Row(case.section, str(case), dtype, options.device, name, count) for name in names}
         runs = [run for row in rows.values() if (run := admit(row, case, inputs, truth))]
-        times = interleaved(runs, inputs[0], options.rounds)
+        times = interleaved(runs, inputs[0], case.rounds(options.rounds))
         if options.memory and not peaks:  # once is enough; no clock is running now
             with ThreadPoolExecutor(case.processes if options.device == "cpu" else 1) as pool:
                 list(pool.map(lambda row: memory(row, case), rows.values()))
@@ -219,10 +220,13 @@ def run(options: argparse.Namespace, console: Console, rows: list[Row]) -> None:
     for group in options.groups:
         for dtype in options.dtype:
             start = len(rows)
-            for case in group:
-                console.print(f"{case} {dtype}: checking, then timing ...")  # a spinner would disturb it
-                rows.extend(measure(case, dtype, options))
-            show(console, rows[start:], grid.table if options.map else None)
+            try:
+                for case in group:
+                    console.print(f"{case} {dtype}: checking, then timing ...")  # a spinner would disturb it
+                    rows.extend(measure(case, dtype, options))
+            finally:
+                if rows[start:]:
+                    show(console, rows[start:], grid.table if options.map else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

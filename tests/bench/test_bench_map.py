@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -79,6 +80,29 @@ def test_the_inputs_are_as_written() -> None:
     assert target.max() == 2
     logits, _ = grid.Cell.parse("4x3x8x8:channels_last").inputs("bfloat16", "cpu")
     assert (logits.dtype, logits.stride(1)) == (torch.bfloat16, 1)
+
+
+def test_an_interrupted_map_keeps_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the table, too, which is of all cells together."""
+
+    def measure(cell: grid.Cell, dtype: str, options: argparse.Namespace) -> list[Row]:
+        if str(cell) == "30x5":
+            raise KeyboardInterrupt
+        return pair(str(cell), 0.5)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    out, png = tmp_path / "map.json", tmp_path / "map.png"
+    assert bench.main(["--map", "1x2", "30x5", "10x2", "--json", str(out), "--png", str(png)]) == 130
+    assert [row["case"] for row in json.loads(out.read_text())["rows"]] == ["1x2"] * 2
+    assert png.exists()
+    assert "2.00" in capsys.readouterr().out
+
+
+def test_large_cells_take_fewer_rounds() -> None:
+    assert [grid.Cell.parse(text).rounds(15) for text in ("100x100", "1000x10000", "1000000x32")] == [15, 6, 3]
+    assert grid.Cell.parse("1000000x32").rounds(2) == 2
 
 
 def test_the_whole_map_can_be_asked_for() -> None:
