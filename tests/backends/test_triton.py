@@ -147,11 +147,12 @@ def test_shares(N: int, C: int) -> None:
     """Every vector is somebody's, nobody's share is empty of tiles, and where rows are few the device is filled."""
     x, y = torch.empty(1, 1, C).expand(1, N, C), torch.zeros(1, N, dtype=torch.int64)
     config = plan.configure(x, y, None, 1.0, None)
-    splits, span = plan.share(config, N, C, processors=132)
+    splits, span = plan.share(config, plan.stretches(config, 1, N), C, processors=132)
     assert splits & (splits - 1) == 0
     assert span % config.K == 0
-    assert splits * span >= C // config.V
-    tiles = -(-(C // config.V) // config.K)
+    vectors = -(-C // config.V) if config.across else C // config.V
+    assert splits * span >= vectors
+    tiles = -(-vectors // config.K)
     programs = -(-N // config.R) * splits
     assert splits == 1 or programs <= plan.PROGRAMS * 132
     assert 2 * programs > plan.PROGRAMS * 132 or 2 * splits > tiles

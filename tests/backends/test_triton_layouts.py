@@ -247,7 +247,7 @@ def test_rows_in_parts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     strides = {"cut": Layout((3 * C, C, 1), C), "images": Layout((2 * C, 1, 2))}[layout]
     x, y = rows(torch.float32, N=6, C=C)
     x, y = strides.hold(x.view(3, 2, C)), Layout((3, 1), 1).hold(y.view(3, 2))
-    assert plan.share(plan.configure(x, y, None, 1.0, None), 6, C, 132)[0] > 1
+    assert plan.share(config := plan.configure(x, y, None, 1.0, None), plan.stretches(config, 3, 2), C, 132)[0] > 1
     stats, g = checked_statistics(x, y), each(lambda number: number.view(3, 2), upstream(6))
     assert_gradient(gradient(x, y, stats, g), x, y, stats, g)
 

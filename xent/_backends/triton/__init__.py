@@ -47,7 +47,7 @@ except ImportError as error:
 
 from .backward import row_gradient_kernel
 from .forward import combine_kernel, row_statistics_kernel
-from .plan import FUSED, batch, compile_options, configure, processors, row_strides, share
+from .plan import FUSED, batch, compile_options, configure, processors, row_strides, share, stretches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ABOUT = f"Triton {triton.__version__}, " + ("interpreted: slow, for tests" if INTERPRETED else "for CUDA and ROCm")
@@ -78,19 +78,20 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
     """See `xent._rows.dispatch.row_statistics`."""
     A, B, C = logits.shape
-    N, batch_size = A * B, batch(logits, target)
     ignore_index, scale, softcap, start, classes = spec
     soft = target.is_floating_point()
     w = class_weight if soft or wanted.wsum else None
     w = None if w is None else w.contiguous()
     config = replace(configure(logits, target, w, scale, softcap), **wanted._asdict())
-    splits, span = share(config, N, C, processors(logits.device))
+    N, batch_size = A * B, B if config.side_by_side else batch(logits, target)
+    programs = stretches(config, A, B)
+    splits, span = share(config, programs, C, processors(logits.device))
 
     stats = wanted.unpack(wanted.empty(logits, target), soft)
     parts = stats.lse.new_empty(FIELDS, N, splits) if splits > 1 else None
     in_range = None if soft else stats.lse.new_ones((), dtype=torch.int32)
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        row_statistics_kernel[triton.cdiv(N, config.R), splits](
+        row_statistics_kernel[programs, splits](
             logits, *_strides(logits), target, *_strides(target), w, *stats, parts, in_range,
             N, batch_size, C, start, classes, ignore_index, scale, softcap or 1.0, span, config,
             **compile_options(config),
@@ -124,14 +125,15 @@ def row_gradient(
     if out is None:
         out = torch.empty_like(logits)  # dense, in the same order of memory
     numbers = (top, lse, *upstream)
-    N, batch_size = A * B, batch(logits, out, target, *numbers)
     w = class_weight if target.is_floating_point() or upstream.wsum is not None else None
     w = None if w is None else w.contiguous()
     config = configure(logits, target, w, scale, softcap, out)
-    splits, span = share(config, N, C, processors(logits.device))
+    N, batch_size = A * B, B if config.side_by_side else batch(logits, out, target, *numbers)
+    programs = stretches(config, A, B)
+    splits, span = share(config, programs, C, processors(logits.device))
     per_row = [part for g in numbers for part in ((g, 0, 0) if g is None else (g, *row_strides(g)))]
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        row_gradient_kernel[triton.cdiv(N, config.R), splits](
+        row_gradient_kernel[programs, splits](
             logits, *_strides(logits), out, *_strides(out), target, *_strides(target), w, *per_row,
             N, batch_size, C, start, ignore_index, scale, softcap or 1.0, span, config, **compile_options(config),
         )  # fmt: skip

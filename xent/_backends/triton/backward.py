@@ -7,7 +7,23 @@ and nobody else touches what is in it.
 import triton
 import triton.language as tl
 
-from .rows import VARYING, edge_tile, exp, locate, read_target, row_at, scores, tile_at, vector_tile, whole_vectors
+from .rows import (
+    VARYING,
+    edge_tile,
+    exp,
+    load_logits,
+    logits_at,
+    read_target,
+    row_at,
+    rows_of_program,
+    scores,
+    tile_at,
+    to_be_read,
+    vector_tile,
+    weights_at,
+    whole_vectors,
+    within,
+)
 
 
 @triton.jit
@@ -30,30 +46,30 @@ def coefficients(top, lse, g_lse, g_entropy, config: tl.constexpr):
 
 
 @triton.jit
-def write_tile(x, out, q, w, offset, column, mask, counts, y, numbers, h, b, strides, score_options,
+def write_tile(x, out, q, w, offset, column, mask, of_weights, read, counts, y, numbers, h, b, strides, score_options,
                aligned: tl.constexpr, config: tl.constexpr):  # fmt: skip
     """The gradient at `offset` from out: z' (exp(t) (a - h t) + g [c = y] + b w) with t = z - top, rounded once."""
     top, a, g = numbers
     x_c, out_c, target_c = strides
-    x = tl.load(tile_at(x, offset, x_c, config.x_align, aligned), mask & counts, 0.0)
+    x = load_logits(tile_at(x, offset, x_c, config.x_align, aligned, config), mask, counts, read, 0.0, config)
     z, slope = scores(x, score_options, config)
     t = z - top
     if h is not None:
         a = a - h * tl.maximum(t, -1e4)  # p log p is 0 where p is 0: no 0 * -inf
     d = exp(t, config) * a
     if w is not None:
-        w = tl.load(tile_at(w, offset, 1, config.w_align, aligned), mask, 0.0)
+        w = tl.load(tile_at(w, offset, 1, config.w_align, aligned, config), of_weights, 0.0)
     if q is None:
         d += tl.where(column == y, g, 0.0)
     else:
-        q = tl.load(tile_at(q, offset, target_c, config.q_align, aligned), mask, 0.0).to(config.real)
+        q = tl.load(tile_at(q, offset, target_c, config.q_align, aligned, config), mask, 0.0).to(config.real)
         d += g * q if w is None else g * (q * w)
     if b is not None:
         d += b if w is None else b * w
     if config.scaled or config.capped:
         d *= slope
     # Of a row that does not count every number is 0, and with them d.
-    tl.store(tile_at(out, offset, out_c, config.out_align, aligned), d.to(out.dtype.element_ty), mask)
+    tl.store(tile_at(out, offset, out_c, config.out_align, aligned, config), d.to(out.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -69,11 +85,11 @@ def row_gradient_kernel(
     config: tl.constexpr,
 ):  # fmt: skip
     """Reads each logit of the rows that count once, and writes each gradient once; to the others it writes 0."""
-    rows = tl.program_id(0).to(tl.int64) * config.R + tl.arange(0, config.R)
+    rows, inside, place = rows_of_program(N, B, config)
     split = tl.program_id(1)
-    inside, place = rows < N, locate(rows, B)
-    row, result = row_at(x, place, x_a, x_b), row_at(out, place, out_a, out_b)
-    targets = row_at(target, place, target_a, target_b)
+    row = logits_at(x, place, x_a, x_b, config.x_align, config)
+    result = logits_at(out, place, out_a, out_b, config.out_align, config)
+    targets = logits_at(target, place, target_a, target_b, config.q_align, config)
     counts, y = read_target(targets, inside, C, start, ignore_index, config)
     h = None if g_entropy is None else load_number(g_entropy, ge_a, ge_b, place, counts)
     base, log_sum = load_number(top, top_a, top_b, place, counts), load_number(lse, lse_a, lse_b, place, counts)
@@ -84,19 +100,22 @@ def row_gradient_kernel(
 
     head, vectors = whole_vectors(row, C, config)
     q = targets if config.soft else None
-    k = None if w is None else w + tl.zeros_like(rows)
+    k = weights_at(w, rows, config)
+    read = to_be_read(counts, config)[:, None, None]
     y, inside, counts = y[:, None, None], inside[:, None, None], counts[:, None, None]
     if config.edges:
         single, mask = edge_tile(head, vectors, C, config)
         mask &= inside & (rows * 0 + split == 0)[:, None, None]  # as in `row_statistics_kernel`
-        write_tile(row, result, q, k, single, single, mask, counts, y, numbers, h, b, strides, score_options,
-                   False, config)  # fmt: skip
+        write_tile(row, result, q, k, single, single, mask, mask, read, counts, y, numbers, h, b, strides,
+                   score_options, False, config)  # fmt: skip
         row, result = row + head, result + head.to(tl.int64) * out_c
         q, k = None if q is None else q + head.to(tl.int64) * target_c, None if k is None else k + head
     head, vectors = head[:, None, None], vectors[:, None, None]
     for first in range(split * span, tl.minimum(split * span + span, tl.max(vectors)), config.K):
         vector, offset = vector_tile(first, config)
-        mask = inside & (vector < vectors)
+        there = within(vector, offset, vectors, C, config)
+        mask = inside & there
+        of_weights = there if config.across else mask
         column = head + offset
-        write_tile(row, result, q, k, offset, column, mask, counts, y, numbers, h, b, strides, score_options,
-                   True, config)  # fmt: skip
+        write_tile(row, result, q, k, offset, column, mask, of_weights, read, counts, y, numbers, h, b, strides,
+                   score_options, True, config)  # fmt: skip

@@ -18,7 +18,24 @@ operations. Where programs share a row, each writes down its state, and `combine
 import triton
 import triton.language as tl
 
-from .rows import VARYING, edge_tile, exp, locate, read_target, row_at, scores, tile_at, vector_tile, whole_vectors
+from .rows import (
+    VARYING,
+    edge_tile,
+    exp,
+    load_logits,
+    locate,
+    logits_at,
+    read_target,
+    row_at,
+    rows_of_program,
+    scores,
+    tile_at,
+    to_be_read,
+    vector_tile,
+    weights_at,
+    whole_vectors,
+    within,
+)
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # a column that no row has
 MINUS_INFINITY = tl.constexpr(float("-inf"))
@@ -110,18 +127,20 @@ def load_coefficient(pointers, mask):
 
 
 @triton.jit
-def read_tile(state, x, q, w, offset, column, mask, x_c, target_c, score_options,
+def read_tile(state, x, q, w, offset, column, mask, counts, read, x_c, target_c, score_options,
               aligned: tl.constexpr, config: tl.constexpr):  # fmt: skip
     """The state after the tile at `offset` from x, q and w, as far as `mask` goes."""
-    x = tl.load(tile_at(x, offset, x_c, config.x_align, aligned), mask, MINUS_INFINITY)
+    tile = tile_at(x, offset, x_c, config.x_align, aligned, config)
+    x, there = load_logits(tile, mask, counts, read, MINUS_INFINITY, config), mask
+    mask = mask & counts
     z, _ = scores(x, score_options, config)
     if config.scaled or config.capped:
         z = tl.where(mask, z, MINUS_INFINITY)
     k, t = None, None
     if w is not None:
-        k = load_coefficient(tile_at(w, offset, 1, config.w_align, aligned), mask)
+        k = load_coefficient(tile_at(w, offset, 1, config.w_align, aligned, config), there if config.across else mask)
     if q is not None:
-        t = load_coefficient(tile_at(q, offset, target_c, config.q_align, aligned), mask).to(config.real)
+        t = load_coefficient(tile_at(q, offset, target_c, config.q_align, aligned, config), mask).to(config.real)
         t = t if w is None else t * k
     if not config.wsum:
         k = None
@@ -144,12 +163,12 @@ def row_statistics_kernel(
     config: tl.constexpr,
 ):  # fmt: skip
     """Reads each logit of the rows that count once."""
-    rows = tl.program_id(0).to(tl.int64) * config.R + tl.arange(0, config.R)
+    rows, inside, place = rows_of_program(N, B, config)
     split = tl.program_id(1)
     first_split = rows * 0 + split == 0  # for each row, as are all masks: the interpreter takes none made from a scalar
-    inside = rows < N
-    place, score_options = locate(rows, B), (scale, softcap)
-    row, targets = row_at(x, place, x_a, x_b), row_at(target, place, target_a, target_b)
+    score_options = (scale, softcap)
+    row = logits_at(x, place, x_a, x_b, config.x_align, config)
+    targets = logits_at(target, place, target_a, target_b, config.q_align, config)
     counts, y = read_target(targets, inside, C, start, ignore_index, config)
     held, z_y = counts & (y >= 0), None
     if not config.soft:
@@ -159,21 +178,23 @@ def row_statistics_kernel(
 
     head, vectors = whole_vectors(row, C, config)
     q = targets if config.soft else None
-    k = None if w is None else w + tl.zeros_like(rows)
-    state = empty_state(config)
+    k = weights_at(w, rows, config)
+    state, read, considered = empty_state(config), to_be_read(counts, config)[:, None, None], counts[:, None, None]
     if config.edges:
         single, mask = edge_tile(head, vectors, C, config)
-        mask &= (counts & first_split)[:, None, None]
-        state = read_tile(state, row, q, k, single, single, mask, x_c, target_c, score_options, False, config)
+        mask &= first_split[:, None, None]
+        state = read_tile(state, row, q, k, single, single, mask, considered, read, x_c, target_c, score_options,
+                          False, config)  # fmt: skip
         row, k = row + head, None if k is None else k + head
         q = None if q is None else q + head.to(tl.int64) * target_c
     begin = split * span
     end = tl.minimum(begin + span, tl.max(tl.where(counts, vectors, 0), 0))  # none to read if no row counts
     for first in range(begin, end, config.K):
         vector, offset = vector_tile(first, config)
-        mask = counts[:, None, None] & (vector < vectors[:, None, None])
+        mask = within(vector, offset, vectors[:, None, None], C, config)
         column = head[:, None, None] + offset
-        state = read_tile(state, row, q, k, offset, column, mask, x_c, target_c, score_options, True, config)
+        state = read_tile(state, row, q, k, offset, column, mask, considered, read, x_c, target_c, score_options,
+                          True, config)  # fmt: skip
 
     state = merge_lanes(state, config)
     if parts is None:

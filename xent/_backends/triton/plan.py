@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ VECTOR = 16  # bytes: the most that a thread loads at once
 WARPS = 4
 TILE = 512  # vectors: 4 for each thread of 4 warps, all on their way at once
 MIN_VECTORS = 4  # of a row in a tile
-CLASSES_APART = 16  # the same, where classes lie apart: neighbours in memory are mostly rows, and a tile takes many
+CLASSES = 4  # of a row in a tile, where each lane has rows of its own
 PROGRAMS = 8  # for each multiprocessor: with fewer, rows are shared
 FUSED = {"enable_fp_fusion": True}  # a * b + c in one instruction. Triton's own default will change to False in 3.10
 
@@ -28,12 +29,15 @@ class KernelConfig:
 
     R: int  # rows of a tile
     K: int  # vectors of a row in a tile
-    V: int  # logits of a vector
+    V: int  # logits of a vector; or that a lane takes of its row
+    across: bool  # whether each lane has rows of its own
+    side_by_side: bool  # whether these lie side by side, and a program's rows are all of one a
+    together: int  # rows of a vector, then
     real: Any  # dtype of arithmetic on single logits, and its lowest finite number
     lowest: float
     tanh_terms: int  # see rows.tanh
     edges: bool  # whether a row may begin or end within a vector
-    x_align: int  # bytes that vectors of logits are multiples of, in memory; 0 where classes lie apart
+    x_align: int  # bytes that vectors of logits are multiples of, in memory; 0 where there are none
     out_align: int = 0
     q_align: int = 0
     w_align: int = 0
@@ -51,24 +55,35 @@ def configure(
     """The tile for these rows, and how far memory may be read in vectors."""
     C = logits.shape[2]
     double = logits.dtype is torch.float64
-    vectors = logits.stride(2) == 1 or C == 1
-    V = VECTOR // logits.itemsize if vectors else 1
-    edges = vectors and not (C % V == 0 and _begins_on_vectors(logits))
-    least = max(MIN_VECTORS, 2 * V if edges else 0)  # the edges must find room in a tile of single logits
-    K = min(max(triton.next_power_of_2(C // V), least), TILE) if vectors else CLASSES_APART
     soft = target.is_floating_point()
+    V = VECTOR // logits.itemsize
+    across = C < V or logits.stride(2) != 1
+    if across:
+        R, K, edges = TILE * V // CLASSES, 1, False
+        side_by_side = logits.stride(1) == 1 and 2 * logits.shape[1] > R
+        R, V = R if side_by_side else TILE // CLASSES, CLASSES
+        align = functools.partial(_align_of_rows, side_by_side)
+    else:
+        side_by_side, edges = False, not (C % V == 0 and _begins_on_vectors(logits))
+        least = max(MIN_VECTORS, 2 * V if edges else 0)  # the edges must find room in a tile of single logits
+        K = min(max(triton.next_power_of_2(C // V), least), TILE)
+        R, align = TILE // K, functools.partial(_align, logits, V)
+    x_align = align(logits)
     return KernelConfig(
-        R=TILE // K,
+        R=R,
         K=K,
         V=V,
+        across=across,
+        side_by_side=side_by_side,
+        together=x_align // logits.itemsize if side_by_side else 1,
         real=tl.float64 if double else tl.float32,
         lowest=torch.finfo(compute_dtype(logits)).min,
         tanh_terms=19 if double else 11,
         edges=edges,
-        x_align=VECTOR if vectors else 0,
-        out_align=0 if out is None else _align(out, logits, V),
-        q_align=_align(target, logits, V) if soft else 0,
-        w_align=0 if w is None else _align(w.expand(logits.shape), logits, V),
+        x_align=x_align,
+        out_align=0 if out is None else align(out),
+        q_align=align(target) if soft else 0,
+        w_align=0 if w is None or across else _align(logits, V, w.expand(logits.shape)),
         soft=soft,
         scaled=scale != 1,
         capped=softcap is not None,
@@ -87,13 +102,19 @@ def batch(*tensors: Tensor | None) -> int | None:
     return None if one_stride else B
 
 
-def share(config: KernelConfig, N: int, C: int, processors: int) -> tuple[int, int]:
+def stretches(config: KernelConfig, A: int, B: int) -> int:
+    """How many programs the rows take."""
+    runs, length = (A, B) if config.side_by_side else (1, A * B)
+    return runs * -(-length // config.R)
+
+
+def share(config: KernelConfig, programs: int, C: int, processors: int) -> tuple[int, int]:
     """How many programs (a power of two) share each row, and how many vectors each of them takes.
 
     One, unless there are too few rows to occupy the device. Then no more than there are tiles.
     """
-    tiles = triton.cdiv(C // config.V, config.K)
-    missing = PROGRAMS * processors // triton.cdiv(N, config.R)
+    tiles = triton.cdiv(triton.cdiv(C, config.V) if config.across else C // config.V, config.K)
+    missing = PROGRAMS * processors // programs
     splits = max(1, min(triton.next_power_of_2(missing + 1) // 2, triton.next_power_of_2(tiles + 1) // 2))
     return splits, triton.cdiv(tiles, splits) * config.K
 
@@ -106,7 +127,8 @@ def compile_options(config: KernelConfig) -> dict[str, int]:
     extras = config.soft + config.wsum + config.capped + (config.entropy or config.argmax)
     out_of_step = 0 < config.out_align < config.x_align
     lean = extras == 0 and config.w_align == 0 and config.R == 1
-    limit = 255 if out_of_step or extras + (config.real == tl.float64) > 1 else 64 if lean else 128
+    many = extras + config.side_by_side + (config.real == tl.float64) > 1
+    limit = 255 if out_of_step or many else 64 if lean else 128
     found = {"num_warps": WARPS, "num_stages": 1, **FUSED}
     return found if torch.version.hip else {**found, "maxnreg": limit}
 
@@ -124,7 +146,15 @@ def _begins_on_vectors(x: Tensor) -> bool:
     return x.data_ptr() % VECTOR == 0 and all(x.shape[d] == 1 or x.stride(d) * x.itemsize % VECTOR == 0 for d in (0, 1))
 
 
-def _align(other: Tensor, logits: Tensor, V: int) -> int:
+def _align_of_rows(side_by_side: bool, x: Tensor) -> int:
+    """The bytes that x is aligned to wherever a vector of rows begins; 0 if its rows do not lie side by side."""
+    if not side_by_side or x.stride(1) != 1:
+        return 0
+    steps = [x.shape[1], *(x.stride(d) for d in (0, 2) if x.shape[d] != 1)]
+    return math.gcd(VECTOR, x.data_ptr(), *(step * x.itemsize for step in steps))
+
+
+def _align(logits: Tensor, V: int, other: Tensor) -> int:
     """The bytes that `other` is aligned to wherever a vector of V logits begins; 0 if its classes lie apart."""
     if other.stride(2) != 1 and other.shape[2] != 1:
         return 0

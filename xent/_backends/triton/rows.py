@@ -11,7 +11,11 @@ of 16:
 
 An odd C puts every row on another footing, so h differs from row to row. What lies before the first whole vector and
 behind the last one, the edges, is at most 2 (V - 1) logits; they go through the same code, as a tile of single logits.
-No byte outside a row is ever touched. Where the classes lie apart in memory, V is 1, and there are no edges.
+No byte outside a row is ever touched.
+
+Where the classes lie apart, as in images, or are fewer than a vector holds, each lane has a row of its own instead, and
+takes V classes of it at a time (config.across). If the rows lie side by side, and so many follow on each other, a
+vector holds the same class of several rows.
 
 A program takes R rows tile by tile, each tile (R, K, V), or its share of one row. An argument that is None compiles
 away what it is for. `config` is what else is known at compile time: see `plan.KernelConfig`.
@@ -28,6 +32,23 @@ VARYING = [  # numbers that may change from call to call without a new compilati
 
 
 @triton.jit
+def rows_of_program(N, B, config: tl.constexpr):
+    """The rows of this program, whether there are so many, and (a, b) of each: of one a, where they are known to lie
+    side by side."""
+    program, lane = tl.program_id(0).to(tl.int64), tl.arange(0, config.R)
+    if config.side_by_side:
+        together: tl.constexpr = config.together
+        stretches = (B + config.R - 1) // config.R
+        a = program // stretches
+        b = (program - a * stretches) * config.R + lane
+        rows, inside, place = a * B + b, tl.max_constancy(b < B, [together]), (a, b)
+    else:
+        rows = program * config.R + lane
+        inside, place = rows < N, locate(rows, B)
+    return rows, inside, place
+
+
+@triton.jit
 def locate(rows, B):
     """(a, b) of these rows."""
     a = rows * 0 if B is None else rows // B
@@ -38,6 +59,24 @@ def locate(rows, B):
 def row_at(tensor, row, a_stride, b_stride):
     """Where these rows begin, or where their numbers are. `row` is (a, b)."""
     return tensor + row[0] * a_stride + row[1] * b_stride
+
+
+@triton.jit
+def logits_at(tensor, row, a_stride, b_stride, align: tl.constexpr, config: tl.constexpr):
+    """The same of logits, or of what is like them, whose stride may be known. `align` is that of `tile_at`."""
+    return row_at(tensor, row, a_stride, 1 if config.side_by_side and align > 0 else b_stride)
+
+
+@triton.jit
+def to_be_read(counts, config: tl.constexpr):
+    """Rows side by side are read by vectors: all rows of a vector where one of them counts."""
+    if config.together == 1:
+        return counts
+    together: tl.constexpr = config.together
+    vectors: tl.constexpr = config.R // together
+    most = tl.max(tl.reshape(counts.to(tl.int32), [vectors, together]), 1)
+    most = tl.reshape(tl.broadcast_to(most[:, None], [vectors, together]), [config.R])
+    return tl.max_constancy(most > 0, [together])
 
 
 @triton.jit
@@ -57,6 +96,8 @@ def whole_vectors(row, C, config: tl.constexpr):
     if config.edges:
         past = (row.to(tl.int64) & 15).to(tl.int32) // (16 // config.V)
         head = tl.minimum((config.V - past) % config.V, C)
+    if config.across:
+        return head, head + (C + config.V - 1) // config.V
     return head, (C - head) // config.V
 
 
@@ -68,6 +109,12 @@ def vector_tile(first, config: tl.constexpr):
 
 
 @triton.jit
+def within(vector, offset, vectors, C, config: tl.constexpr):
+    """Which of these vectors, or of their logits, there are."""
+    return offset < C if config.across else vector < vectors
+
+
+@triton.jit
 def edge_tile(head, vectors, C, config: tl.constexpr):
     """The columns of the edges as a tile (R, K, 1), and which of these there are."""
     j, head, whole = tl.arange(0, config.K)[None, :, None], head[:, None, None], vectors[:, None, None] * config.V
@@ -75,13 +122,28 @@ def edge_tile(head, vectors, C, config: tl.constexpr):
 
 
 @triton.jit
-def tile_at(row, offset, stride, align: tl.constexpr, aligned: tl.constexpr):
+def tile_at(row, offset, stride, align: tl.constexpr, aligned: tl.constexpr, config: tl.constexpr):
     """Of the numbers at `offset` from the row. `align`: the bytes that its vectors are multiples of, 0 if a number's
     neighbour is `stride` away; `aligned`: whether these are whole vectors."""
-    if align == 0:
-        return row[:, None, None] + offset.to(tl.int64) * stride
+    if align == 0 or config.across:
+        tile = row[:, None, None] + offset.to(tl.int64) * stride
+        return tile if align == 0 else tl.multiple_of(tile, [align, 1, 1])
     tile = row[:, None, None] + offset
     return tl.multiple_of(tile, [1, 1, align]) if aligned else tile
+
+
+@triton.jit
+def weights_at(w, rows, config: tl.constexpr):
+    """Where the class weights begin for each of these rows; once, where all rows are at the same class."""
+    begin = tl.zeros([1], tl.int64) if config.across else tl.zeros_like(rows)
+    return None if w is None else w + begin
+
+
+@triton.jit
+def load_logits(tile, mask, counts, read, other: tl.constexpr, config: tl.constexpr):
+    """Logits of the rows that count, `other` in the place of those that are only read with their neighbours."""
+    x = tl.load(tile, mask & read, other)
+    return x if config.together == 1 else tl.where(counts, x.to(config.real), other)
 
 
 @triton.jit
