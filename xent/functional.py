@@ -62,9 +62,9 @@ def cross_entropy(
     Args:
         input: logits of shape `(C)`, `(N, C)`, `(N, C, d1, ...)` (PyTorch's layout) or `(..., C)` (a language model's),
             of any floating dtype and any strides.
-        target: class indices in `[0, C)`, of `input`'s shape without the class dimension and any integer dtype; or
-            probabilities, of `input`'s shape and any floating dtype, which may require grad. With `target_prob`, K
-            indices in the place of the class dimension: `(N, K, d1, ...)` or `(..., K)`.
+        target: class indices in `[0, C)`, of `input`'s shape without the class dimension, int64, int32, int16, int8 or
+            uint8; or probabilities, of `input`'s shape and any floating dtype, which may require grad. With
+            `target_prob`, K indices in the place of the class dimension: `(N, K, d1, ...)` or `(..., K)`.
         weight: `(C,)`, a weight for each class, of any floating dtype.
         ignore_index: positions with this target count for nothing: they are not read, add nothing to the loss and
             have a gradient of exactly 0, even where they hold NaN. Index targets only; of K indices, one that is
@@ -101,16 +101,17 @@ def cross_entropy(
         A 0-d tensor, or for "none" one loss for each position, of the target's shape without the class dimension.
 
     Raises:
-        TypeError: `input`, `target` or `weight` is not a Tensor, or an option is not of its type.
-        ValueError: shapes do not fit each other, two class dimensions fit, or an option is out of its range; over a
-            `group`, the arguments of two ranks do not fit each other.
+        TypeError: a tensor is not a Tensor, or an option is not of its type.
+        ValueError: shapes do not fit each other, two class dimensions fit, or an option is out of its range or has no
+            meaning beside the others; over a `group`, the arguments of two ranks do not fit each other.
         IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
             assertion), or `dim` is out of range.
         RuntimeError: a dtype is not among those above, devices differ, `weight` requires grad beside class
             indices (unless gradients are off); `inplace_backward` meets a DTensor, logits that are not rows in memory
             of their own, or `create_graph=True`; in backward, the logits were modified; over a `group`, the transport
             failed or a rank never came.
-        NotImplementedError: a second derivative or forward mode, over a `group`.
+        NotImplementedError: forward mode over forward mode; vmap over `weight` where all classes' weights count; over a
+            `group`, a second derivative or forward mode.
 
     Example:
         >>> import torch, xent
@@ -163,7 +164,7 @@ class TokenStats(NamedTuple):
         log_prob: :math:`z_y - \mathrm{lse} \le 0`, in nats.
         lse: :math:`\log \sum_c e^{z_c}`, in nats.
         entropy: :math:`-\sum_c p_c \log p_c \in [0, \log C]`, in nats; None where it was not asked for.
-        prediction: :math:`\arg\max_c z_c`, int64; None where it was not asked for.
+        prediction: :math:`\operatorname{argmax}_c z_c`, int64; None where it was not asked for.
 
     Example:
         >>> import torch, xent
@@ -219,15 +220,15 @@ def token_stats(
     With :math:`z` the scaled and capped logits of :func:`cross_entropy` and :math:`p = \mathrm{softmax}(z)`,
 
     .. math:: \mathrm{log\_prob} = z_y - \mathrm{lse}, \quad \mathrm{lse} = \log \sum_c e^{z_c}, \quad
-              \mathrm{entropy} = -\sum_c p_c \log p_c, \quad \mathrm{prediction} = \arg\max_c z_c
+              \mathrm{entropy} = -\sum_c p_c \log p_c, \quad \mathrm{prediction} = \operatorname{argmax}_c z_c
 
     All but the prediction are differentiable, any number of times. Whatever is built on them, the logits are read once
     in forward and once in backward, and their gradient is the only tensor of their size that is ever made.
 
     Args:
         input: logits of shape `(C)`, `(N, C)`, `(N, C, d1, ...)` or `(..., C)`, of any floating dtype.
-        target: class indices of `input`'s shape without the class dimension, of any integer dtype; or with K of them
-            in its place, `(N, K, d1, ...)` or `(..., K)`: then log_prob has K numbers for each position.
+        target: class indices as in :func:`cross_entropy`, of `input`'s shape without the class dimension; or with K of
+            them in its place, `(N, K, d1, ...)` or `(..., K)`: then log_prob has K numbers for each position.
         dim: the class dimension. None finds it from the shapes, and refuses where two readings fit.
         ignore_index: a position with this target is not read: its log_prob, lse and entropy are 0, its prediction -1,
             its gradient 0. Of K indices, one that is ignored has a log_prob of 0.
@@ -239,17 +240,18 @@ def token_stats(
 
     Returns:
         TokenStats(log_prob, lse, entropy, prediction), each with one number per position (log_prob with K, in the
-        target's shape, where the target has K indices), float32 (float64 for float64
-        logits; the prediction int64); entropy and prediction are None unless asked for.
+        target's shape, where the target has K indices), float32 (float64 for float64 logits; the prediction int64);
+        entropy and prediction are None unless asked for.
 
     Raises:
         TypeError: `input` or `target` is not a Tensor, or an option is not of its type.
         ValueError: shapes do not fit each other, two class dimensions fit, `target` holds probabilities, or an option
             is out of its range; over a `group`, the arguments of two ranks do not fit each other.
-        IndexError: a target is outside `[0, C)` and not `ignore_index`, or `dim` is out of range.
+        IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
+            assertion), or `dim` is out of range.
         RuntimeError: a dtype is not among those above, or devices differ; in backward, the logits were modified; over a
             `group`, the transport failed or a rank never came.
-        NotImplementedError: a second derivative or forward mode, over a `group`.
+        NotImplementedError: forward mode over forward mode; over a `group`, a second derivative or forward mode.
 
     Example:
         A focal loss, :math:`-(1 - p_y)^\gamma \log p_y`, and the textbook form of it:

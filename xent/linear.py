@@ -100,11 +100,15 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument is not of its type, or a DTensor that is not gathered.
-        ValueError: shapes do not fit each other, or an option is out of its range.
-        IndexError: a target is outside `[0, C)` and not `ignore_index`.
-        RuntimeError: dtypes or devices differ; `weight` requires grad (unless gradients are off).
-        NotImplementedError: under vmap and forward-mode differentiation; and when a gradient that was computed with
-            `create_graph=True` is differentiated again.
+        ValueError: shapes do not fit each other, or an option is out of its range or has no meaning beside the others;
+            over a `group`, the arguments of two ranks do not fit each other.
+        IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
+            assertion).
+        RuntimeError: dtypes or devices differ; `weight` requires grad (unless gradients are off); in backward, `input`
+            or the head was modified; over a `group`, the transport failed or a rank never came.
+        NotImplementedError: under vmap and forward-mode differentiation; when a gradient that was computed with
+            `create_graph=True` is differentiated again; and, for "none" or with `grad_resolution`,
+            `torch.autograd.grad(is_grads_batched=True)`.
 
     Example:
         >>> import torch, xent
@@ -203,8 +207,8 @@ def linear_token_stats(
     Args:
         input: hidden states `(..., D)`, of any floating dtype.
         linear_weight: `(C, D)`, of input's dtype (under autocast any).
-        target: class indices `(...)`, of any integer dtype; or `(..., K)`, K of them for each position: then log_prob
-            has K numbers for each.
+        target: class indices `(...)` in `[0, C)`; or `(..., K)`, K of them for each position: then log_prob has K
+            numbers for each.
         linear_bias: `(C,)`, added to the logits.
         ignore_index: a position with this target is left out: its log_prob, lse and entropy are 0, its prediction -1,
             its gradient 0. Of K indices, one that is ignored has a log_prob of 0.
@@ -221,11 +225,14 @@ def linear_token_stats(
 
     Raises:
         TypeError: an argument is not of its type, or a DTensor that is not gathered.
-        ValueError: shapes do not fit each other, `target` holds probabilities, or an option is out of its range.
-        IndexError: a target is outside `[0, C)` and not `ignore_index`.
-        RuntimeError: dtypes or devices differ.
-        NotImplementedError: under vmap and forward-mode differentiation; and when a gradient that was computed with
-            `create_graph=True` is differentiated again.
+        ValueError: shapes do not fit each other, `target` holds probabilities, or an option is out of its range or has
+            no meaning beside the others; over a `group`, the arguments of two ranks do not fit each other.
+        IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
+            assertion).
+        RuntimeError: dtypes or devices differ; in backward, `input` or the head was modified; over a `group`, the
+            transport failed or a rank never came.
+        NotImplementedError: under vmap and forward-mode differentiation; when a gradient that was computed with
+            `create_graph=True` is differentiated again; and for `torch.autograd.grad(is_grads_batched=True)`.
 
     Example:
         >>> import torch, xent

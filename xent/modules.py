@@ -46,9 +46,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         for probabilities; the result is 0-d, or of the target's shape (without the class dimension) for "none".
 
     Raises:
-        TypeError: an option is not of its type.
-        ValueError: an option is out of its range. Both are raised when built; a call raises what
-            :func:`xent.cross_entropy` does.
+        TypeError: when built, `weight` is not a Tensor or an option is not of its type.
+        ValueError: when built, an option is out of its range. What a batch decides (`dim`, `group`, the shape of
+            `weight`) is checked by a call, which raises what :func:`xent.cross_entropy` does.
 
     Example:
         >>> import torch, xent
@@ -117,9 +117,9 @@ class LinearCrossEntropyLoss(nn.Module):
         (without the class dimension) for "none".
 
     Raises:
-        TypeError: an option is not of its type.
-        ValueError: an option is out of its range. Both are raised when built; a call raises what
-            :func:`xent.linear_cross_entropy` does.
+        TypeError: when built, `weight` is not a Tensor or an option is not of its type.
+        ValueError: when built, an option is out of its range. What a batch decides (`group`, `shift`, the shape of
+            `weight`) is checked by a call, which raises what :func:`xent.linear_cross_entropy` does.
 
     Example:
         >>> import torch, xent

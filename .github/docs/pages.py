@@ -24,16 +24,16 @@ ELSEWHERE = {
     ".github/CHANGELOG.md": "changelog.md",
 }
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([^`]+)`")
+INLINE_CODE = re.compile(r"(?<!<pre><code>)(?<=<code>)[^<]+(?=</code>)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The site's address stands in pyproject.toml, for a package index, and nowhere else."""
-    address = re.search(
-        r'^Documentation = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert address, "pyproject.toml: expected project.urls.Documentation"
-    config.site_url = address[1]
+    """The addresses of the site and of the source stand in pyproject.toml, for a package index, and nowhere else."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    addresses = dict(re.findall(r'^(Documentation|Source) = "(.+)"$', project, re.MULTILINE))
+    config.site_url = addresses["Documentation"]
+    config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": addresses["Source"], "name": "Source"}]
     return config
 
 
@@ -80,9 +80,16 @@ class Docstrings(griffe.Extension):  # type: ignore[misc] # of a package that my
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """The formulas of a page as MathML."""
+    """The formulas of a page as MathML; a name of code that is too long breaks behind a dot or an underscore."""
 
     def formula(found: re.Match[str]) -> str:
-        return str(convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline"))
+        math = convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+        if unknown := re.search(r">(\\\w+)<", math):
+            raise ValueError(f"{found[2]}: expected TeX that latex2mathml knows, got {unknown[1]}")
+        math = math.replace("<mi>log</mi>", '<mo lspace="0" rspace="0.167em">log</mo>')  # log x, not logx
+        return f'<div class="formula">{math}</div>' if found[1] == "div" else str(math)
 
-    return FORMULA.sub(formula, content)
+    def breakable(found: re.Match[str]) -> str:
+        return re.sub(r"(?<=\w)([._(])(?=\w)", r"\1<wbr>", found[0])
+
+    return INLINE_CODE.sub(breakable, FORMULA.sub(formula, content))

@@ -243,21 +243,10 @@ def test_public_names() -> None:
 PUBLIC = sorted(set(xent.__all__) - {"TokenStats", "__version__"})
 
 
-@pytest.mark.parametrize(
-    ("what", "pattern"),
-    [
-        ("its formula", r":math:|\.\. math::"),
-        ("arguments", r"Args:\n"),
-        ("shapes", r"`\((N, C|\.\.\., D)\)`"),
-        ("the unit", r"\bnats\b"),
-        ("exceptions", r"Raises:\n +TypeError"),
-        ("an example", r"Example:\n(.|\n)+>>> "),
-    ],
-    ids=lambda value: value if " " in value else "",
-)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_docstrings_have(name: str, what: str, pattern: str) -> None:
-    assert re.search(pattern, getattr(xent, name).__doc__), what
+def test_docstrings_name_the_unit(name: str) -> None:
+    """What else they need is in build.py, and tested in test_reference_pages.py."""
+    assert re.search(r"\bnats\b", getattr(xent, name).__doc__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

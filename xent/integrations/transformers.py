@@ -39,6 +39,7 @@ def use_xent(
     logits are returned as before. With it, a training step (`model.train()`, labels given) never forms them:
     `outputs.logits` is then an object without numbers that raises when it is used. In eval mode, without labels and in
     `generate` they are logits as ever. Weights, `state_dict`, saved files and the model's class name do not change.
+    Patch a model before it is given to accelerate, PEFT or FSDP, which put their own forward over it.
 
     Args:
         model: a causal or masked language model that calls `self.loss_function`; for `fused_head` a causal one whose
@@ -54,9 +55,9 @@ def use_xent(
     Raises:
         TypeError: `model` is not a :class:`transformers.PreTrainedModel`.
         ValueError: `grad_resolution` without `fused_head`, or out of its range; or the model's loss or head is not one
-            that can be replaced; the message says why. Patch a model
-            before it is given to accelerate, PEFT or FSDP, which put their own forward over it.
-        RuntimeError: in a training step, something other than a scale or a softcap is applied to the logits.
+            that can be replaced; the message says why.
+        RuntimeError: in a training step, something other than a scale or a softcap is applied to the logits
+            (AttributeError for a method of theirs), or the head is no longer the one that was patched.
 
     Example:
         >>> import torch

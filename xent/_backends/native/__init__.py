@@ -8,6 +8,7 @@ a few microseconds, most of them in making the results.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +21,11 @@ from ..._records import LossWeights, Objective, RowSpec, Samples, Stats, Upstrea
 from .. import advise_huge_pages, check_range, elements_are_apart
 
 try:
-    from . import _native  # type: ignore[attr-defined]
+    _native: Any = importlib.import_module("._native", __name__)
 except ImportError as error:
     raise ImportError(
-        f"the compiled extension is missing ({error}); pip builds it where there is a C++17 compiler: install one, "
-        "then `pip install --force-reinstall --no-deps --no-cache-dir --no-binary torch-xent torch-xent`"
+        f"the compiled extension does not load from {__path__[0]} ({error}). pip builds it where there is a C++17 "
+        "compiler. In a checkout, install with `pip install -e .`; or start Python elsewhere after `pip install .`"
     ) from error
 
 ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"
