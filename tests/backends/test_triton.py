@@ -23,9 +23,10 @@ from torch import Tensor
 if os.environ.get("XENT_BACKEND") != "triton":  # where it is asked for and missing, that is a failure
     pytest.importorskip("triton")
 
+from xent._backends import eager
 from xent._backends import triton as backend
 from xent._backends.triton import plan
-from xent._records import RowSpec, Stats, Upstream, Wanted
+from xent._records import RowSpec, Samples, Stats, Upstream, Wanted
 
 interpreted = pytest.mark.skipif(
     not (backend.INTERPRETED and os.environ.get("XENT_BACKEND") == "triton"),
@@ -182,6 +183,23 @@ def test_the_flag_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     y[3] = -100
     stats_of(x, y)
     assert [bool(flag) for flag in flags] == [True, False, True]
+
+
+@interpreted
+def test_samples_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several tiles each, in the order of rows, however many of them have slots at once."""
+    x, y = rows(torch.float32, N=7, C=2500)
+    u, numbers = torch.rand(7).double(), stats_of(x, y)
+    top, lse = numbers.top[None], numbers.lse[None]
+
+    def samples() -> Samples:
+        return backend.row_samples(x[None], y[None], top, lse, u, RowSpec(classes=2500), 1 / 64)
+
+    whole = samples()
+    expected = eager.row_samples(x[None], y[None], top, lse, u, RowSpec(classes=2500), 1 / 64)
+    assert (whole.counts - expected.counts).abs().sum() <= 1
+    monkeypatch.setattr(backend, "SLOTS", 3 * 67)
+    assert all(map(torch.equal, samples(), whole))
 
 
 def test_refusals() -> None:

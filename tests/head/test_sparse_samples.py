@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import oracle
@@ -16,7 +17,7 @@ from xent._rows import dispatch
 
 pytestmark = pytest.mark.usefixtures("kernel")
 R = 1 / 64
-DRAWS = 20_000
+DRAWS = 20_000 if os.environ.get("TRITON_INTERPRET") != "1" else 100  # 20 ms each
 
 
 def spread(C: int, sd: float) -> Tensor:

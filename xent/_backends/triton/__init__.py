@@ -1,6 +1,7 @@
 """The two primitives as Triton kernels, for CUDA and ROCm: what is made, chosen and launched.
 
-plan.py chooses the tiles, forward.py and backward.py are the kernels, rows.py is what both share.
+plan.py chooses the tiles, forward.py and backward.py are the kernels, rows.py is what both share. samples.py is the
+sampling pass of a sparse gradient, whose products are torch's own, as `eager` has them.
 
 Roofline. Nothing but the logits and their gradient is as long as a row, and every byte of them crosses the bus once:
 
@@ -35,7 +36,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..._records import RowSpec, Stats, Upstream, Wanted
+from ..._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
 from .. import assert_on_device, check_range
 
 try:
@@ -47,13 +48,15 @@ except ImportError as error:
 
 from .backward import row_gradient_kernel
 from .forward import combine_kernel, row_statistics_kernel
-from .plan import FUSED, batch, compile_options, configure, processors, row_strides, share, stretches
+from .plan import FUSED, WARPS, batch, compile_options, configure, processors, row_strides, share, stretches
+from .samples import row_samples_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ABOUT = f"Triton {triton.__version__}, " + ("interpreted: slow, for tests" if INTERPRETED else "for CUDA and ROCm")
 LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGETS = (torch.int64, torch.int32, *LOGITS)
 FIELDS = 9  # of a state in forward.py
+SLOTS = 1 << 20  # for the entries of rows that are sampled by one launch
 
 
 def refusal(logits: Tensor, target: Tensor) -> str | None:
@@ -138,6 +141,34 @@ def row_gradient(
             N, batch_size, C, start, ignore_index, scale, softcap or 1.0, span, config, **compile_options(config),
         )  # fmt: skip
     return out
+
+
+def row_samples(
+    logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, uniform: Tensor, spec: RowSpec, resolution: float
+) -> Samples:
+    """See `xent._rows.dispatch.row_samples`."""
+    A, B, C = logits.shape
+    ignore_index, scale, softcap, start, _ = spec
+    N, batch_size = A * B, batch(logits, target, top, lse)
+    slots = min(C, int(1 / resolution) + 3)  # the bound, and one more for rounding
+    if N * slots > SLOTS and N > 1:  # a resolution so fine that it keeps about all
+        half = N // 2
+        some = [
+            row_samples(logits[:, part], target[:, part], top[:, part], lse[:, part], uniform[part], spec, resolution)
+            for part in (slice(half), slice(half, None))
+        ]
+        return Samples(*map(torch.cat, zip(*some, strict=True)))
+    classes = torch.empty(N, slots, dtype=torch.int32, device=logits.device)
+    kept = torch.empty(N, slots, dtype=compute_dtype(logits), device=logits.device)
+    counts = torch.empty(N, dtype=torch.int64, device=logits.device)
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        row_samples_kernel[(N,)](
+            logits, *_strides(logits), target, *_strides(target), top, *row_strides(top), lse, *row_strides(lse),
+            uniform.contiguous(), classes, kept, counts, batch_size, C, start, ignore_index, scale, softcap or 1.0,
+            resolution, slots, configure(logits, target, None, scale, softcap), num_warps=WARPS, **FUSED,
+        )  # fmt: skip
+    there = torch.arange(slots, device=logits.device) < counts[:, None]
+    return Samples(counts, classes[there], kept[there])
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

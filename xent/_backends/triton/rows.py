@@ -27,7 +27,7 @@ import triton.language as tl
 VARYING = [  # numbers that may change from call to call without a new compilation
     *("x_a", "x_b", "x_c", "out_a", "out_b", "out_c", "target_a", "target_b", "target_c"),  # strides
     *("top_a", "top_b", "lse_a", "lse_b", "gl_a", "gl_b", "gp_a", "gp_b", "gw_a", "gw_b", "ge_a", "ge_b"),
-    *("N", "B", "C", "start", "classes", "ignore_index", "span"),
+    *("N", "B", "C", "start", "classes", "ignore_index", "span", "slots"),
 ]
 
 
