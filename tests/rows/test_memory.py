@@ -77,3 +77,10 @@ def test_torch_holds_three_buffers(of_first: dict[str, Any]) -> None:
 def test_memory_of_a_head_does_not_grow_with_the_rows(dtype: str, of_backend: dict[str, Any]) -> None:
     """Beyond the gradients: the budget and a slice of the head, for 4 times and for 8 times as many rows as fit."""
     assert max(of_backend[f"head of {dtype}"]) < 16 + 8 + 3  # MiB
+
+
+def test_memory_of_a_sparse_gradient(of_first: dict[str, Any]) -> None:
+    """Beyond the gradients and what is saved: the budget of 72 MiB, for 2048 rows and for 16384."""
+    for beyond, per_row in of_first["sparse head"]:
+        assert beyond < 80  # MiB
+        assert 8 * 256 < per_row <= 8 * (2 * 256 + 1)

@@ -84,6 +84,7 @@ def sparse_forward(
         )
         counts[block.rows] = samples.counts
         parts.append(samples)
+    del blocks, block  # the buffer of logits, before the entries are there twice for a moment
     none = [counts.new_empty(0, dtype=torch.int32)], [hidden.new_empty(0, dtype=compute_dtype(hidden))]
     classes = torch.cat([part.classes for part in parts] or none[0])
     p = torch.cat([part.p for part in parts] or none[1])
