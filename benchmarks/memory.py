@@ -26,6 +26,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -147,7 +148,10 @@ def transformer_step(mode: str) -> Callable[[], float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """One line per mode."""
     form = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.parse_args(argv)
+    if not find_spec("transformers"):
+        parser.error("Transformers is not installed: pip install -e '.[bench,transformers]'")
     unit = 4 * B * T * V
     print(f"GPT-2 of 2 layers, ({B}, {T}) tokens, {V} classes, float32; logits {unit / 2**20:.0f} MiB")
     for mode in MODES:

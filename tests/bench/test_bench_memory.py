@@ -21,8 +21,17 @@ def test_a_process_that_fails_says_why() -> None:
 
 
 def test_the_table_of_a_transformers_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(memory, "find_spec", lambda _: True)
     monkeypatch.setattr(memory, "in_fresh_process", lambda *_, **__: [memory.B * memory.T * memory.V * 8.0, 1.0, 2.5])
     memory.main([])
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(memory.MODES)
     assert all("2.00 logits" in line and "loss 2.500000" in line for line in printed[1:])
+
+
+def test_without_transformers_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(memory, "find_spec", lambda _: None)
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *_, **__: pytest.fail("it measures"))
+    with pytest.raises(SystemExit):
+        memory.main([])
+    assert "pip install -e '.[bench,transformers]'" in capsys.readouterr().err
