@@ -136,6 +136,27 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
 
 
+class HeadRows(NamedTuple):
+    """The tensors of some rows of a linear head. The operators have them first, in this order."""
+
+    hidden: Tensor  #               (N, D)
+    weight: Tensor  #               (C, D), the head
+    bias: Tensor | None  #          (C,)
+    target: Tensor  #               (N,), (N, K) or (N, C)
+    class_weight: Tensor | None  #  (C,)
+
+    @property
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """Those that may be differentiated."""
+        return self[:4]
+
+    @classmethod
+    def split(cls, flat: Sequence[Any]) -> tuple[HeadRows, Any]:
+        """The first of some arguments, and the others."""
+        count = len(cls._fields)
+        return cls(*flat[:count]), flat[count:]
+
+
 class Samples(NamedTuple):
     """What `row_samples` keeps of some rows, one after the other."""
 

@@ -135,7 +135,7 @@ def linear_cross_entropy(
         )
         options.check_grad_resolution(grad_resolution, softcap, label_smoothing, generator)
         budget = check_max_bytes(max_bytes)
-        rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore)
+        rows = to_linear_rows(input, linear_weight, target, linear_bias, weight, shift, ignore)
         options.check_weight(weight, len(linear_weight), input, False, sharded=group is not None)
         options.check_normalizer_device(normalizer, input)
         if group is not None and linear_weight.dim() > 2:
@@ -143,16 +143,16 @@ def linear_cross_entropy(
 
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
     spec, targets = RowSpec(ignore, logit_scale, softcap), rows.targets
-    head = HeadOptions(spec, rows.dtype, budget, rows.shift, label_smoothing, z_loss, resolution=grad_resolution)
+    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, label_smoothing, z_loss, resolution=grad_resolution)
     seeds = _seeds(grad_resolution, len(rows.heads), input, generator)
     if group is not None or reduction == "none":
         losses = []
-        for (W, b, y), seed in zip(rows.heads, seeds, strict=True):
+        for head, seed in zip(rows.heads, seeds, strict=True):
             if group is None:
-                stats = head_stats(rows.hidden, W, b, y, weight, seed, head)
-                terms = objective.class_terms(y[None], weight, len(W), formula)
+                stats = head_stats(head, seed, settings)
+                terms = objective.class_terms(head.target[None], weight, len(head.weight), formula)
             else:
-                stats, terms = rank_head_stats(rows.hidden, W, b, y, weight, seed, head, group)
+                stats, terms = rank_head_stats(head, seed, settings, group)
             losses.append(objective.row_losses(stats, terms, formula)[0])
         found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
         if reduction == "none":
@@ -169,10 +169,7 @@ def linear_cross_entropy(
     else:
         divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
     factor = 1 / divisor.detach()
-    losses = [
-        head_loss(rows.hidden, W, b, y, factor, weight, seed, head)
-        for (W, b, y), seed in zip(rows.heads, seeds, strict=True)
-    ]
+    losses = [head_loss(head, factor, seed, settings) for head, seed in zip(rows.heads, seeds, strict=True)]
     total = torch.stack(losses).sum()
     if divisor.requires_grad:
         total = total * (divisor.detach() / divisor)
@@ -249,8 +246,9 @@ def linear_token_stats(
         options.check_transform(logit_scale, softcap)
         options.check_grad_resolution(grad_resolution, softcap, generator=generator)
         budget = check_max_bytes(max_bytes)
-        rows = to_linear_rows(input, linear_weight, target, linear_bias, shift, ignore_index, candidates=True)
-        (weight, bias, y), *others = rows.heads
+        rows = to_linear_rows(input, linear_weight, target, linear_bias, None, shift, ignore_index, candidates=True)
+        head, *others = rows.heads
+        y = head.target
         if others or linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
         if y.is_floating_point():
@@ -258,15 +256,15 @@ def linear_token_stats(
         if y.dim() > 1 and grad_resolution is not None:
             raise ValueError(f"grad_resolution: expected None for K classes per position, got {grad_resolution}")
     spec = RowSpec(ignore_index, logit_scale, softcap)
-    head = HeadOptions(
+    settings = HeadOptions(
         spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction, resolution=grad_resolution
     )
     (seed,) = _seeds(grad_resolution, 1, input, generator)
     if group is None:
-        stats = head_stats(rows.hidden, weight, bias, y, None, seed, head)
+        stats = head_stats(head, seed, settings)
     else:
-        stats, _ = rank_head_stats(rows.hidden, weight, bias, y, None, seed, head, group)
-    return TokenStats._of(stats, y[None], ignore_index, head.weight_dtype, rows.shaped)
+        stats, _ = rank_head_stats(head, seed, settings, group)
+    return TokenStats._of(stats, y[None], ignore_index, settings.weight_dtype, rows.shaped)
 
 
 def _seeds(

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from xent._head.blocks import HeadOptions
 from xent._head.functions import flatten
-from xent._records import Layout, RowSpec, Wanted
+from xent._records import HeadRows, Layout, RowSpec, Wanted
 
 pytestmark = [
     pytest.mark.usefixtures("unchecked"),  # a tracer cannot read the checks
@@ -60,8 +60,8 @@ def gradient(dtype: torch.dtype, soft: bool) -> Samples:
         yield x.movedim(2, 1), target, *numbers(x)[:4], None, None, None, *layout._replace(axis=1), *SPEC
 
 
-def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[tuple[Any, ...], Tensor, HeadOptions]]:
-    """(hidden, weight, bias, target), class weight and the rest: in blocks, also cast as autocast has it; no rows."""
+def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[HeadRows, HeadOptions]]:
+    """In blocks, also cast as autocast has it; no rows."""
     torch.manual_seed(0)
     W, b = torch.randn(C, D, dtype=dtype), torch.randn(C, dtype=dtype)
     some, _, none = logits_of(dtype, soft)
@@ -70,52 +70,52 @@ def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[tuple[Any, ...], Ten
         target = target.flatten(0, 1)
         h = torch.randn(len(target), D, dtype=dtype)
         options = HeadOptions(SPEC, products, max_bytes=100, label_smoothing=0.1, z_loss=0.1)
-        yield (h, W, b, target), class_weight(x), options
+        yield HeadRows(h, W, b, target, class_weight(x)), options
 
 
 def head_loss(dtype: torch.dtype, soft: bool) -> Samples:
     factor = torch.tensor(0.5, dtype=torch.float64)
-    for row, w, options in heads(dtype, soft):
+    for row, options in heads(dtype, soft):
         for needs in ([True, True, True, soft], [True, False, False, False], [False] * 4):
-            yield *row, factor, w, *flatten(options), needs
+            yield *row, factor, *flatten(options), needs
 
 
 def head_statistics(dtype: torch.dtype, soft: bool) -> Samples:
-    for row, w, options in heads(dtype, soft):
-        yield *row, w, *flatten(options._replace(entropy=True, argmax=True))
-        yield *row, None, *flatten(options)
+    for row, options in heads(dtype, soft):
+        yield *row, *flatten(options._replace(entropy=True, argmax=True))
+        yield *row._replace(class_weight=None), *flatten(options)
 
 
 def rank_head_statistics(dtype: torch.dtype, soft: bool, group: str) -> Samples:
-    for row, w, options in heads(dtype, soft):
-        yield *row, w, None, group, *flatten(options._replace(entropy=True, argmax=True))
-        yield *row, None, torch.tensor(3), group, *flatten(options._replace(resolution=0.3))
+    for row, options in heads(dtype, soft):
+        yield *row, None, group, *flatten(options._replace(entropy=True, argmax=True))
+        yield *row._replace(class_weight=None), torch.tensor(3), group, *flatten(options._replace(resolution=0.3))
 
 
 def head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
-    for row, w, options in heads(dtype, soft):
+    for row, options in heads(dtype, soft):
         per_row = numbers(row[0][None])
         g_mass = per_row[0] if soft else None
         for needs in ([True, True, True, soft], [False, True, False, False]):
-            yield *row, *per_row, g_mass, w, *flatten(options), needs
+            yield *row, *per_row, g_mass, *flatten(options), needs
 
 
 def sparse_head(dtype: torch.dtype, soft: bool) -> Samples:
     factor, seed = torch.tensor(0.5, dtype=torch.float64), torch.tensor(3)
-    for row, w, options in heads(dtype, soft):
+    for row, options in heads(dtype, soft):
         own = options._replace(resolution=0.3, spec=SPEC._replace(softcap=None))
-        yield *row, factor, w, seed, *flatten(own)
-        yield *row, None, w, seed, *flatten(own._replace(entropy=True, argmax=True))
+        yield *row, factor, seed, *flatten(own)
+        yield *row, None, seed, *flatten(own._replace(entropy=True, argmax=True))
 
 
 def sparse_head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
     for arguments in list(sparse_head(dtype, soft))[1::2]:
-        row, w, flat = arguments[:4], arguments[5], arguments[7:]
+        row, (_, _, *flat) = HeadRows.split(arguments)
         found = torch.ops.xent.sparse_head(*arguments)
         top, lse, picked, *entries = *found[:3], *found[-3:]
         upstream = (lse * 0.5, lse * 0.25, lse * 0.1, None)
         for needs in ([True, True, True, soft], [False, True, False, False]):
-            yield *row, top, lse, picked, *entries, *upstream, lse if soft else None, w, *flat, needs
+            yield *row, top, lse, picked, *entries, *upstream, lse if soft else None, *flat, needs
 
 
 # One line for each operator: its arguments, given a dtype, whether targets are probabilities, and a group of one.

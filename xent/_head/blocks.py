@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .._backends import advise_huge_pages, check_range
-from .._records import Layout, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
+from .._records import HeadRows, Layout, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
 from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
 from .products import add_outer, block_dtype, hidden_gradient, logits_of
@@ -63,9 +63,9 @@ class HeadOptions(NamedTuple):
         """Of class weights, and of the sum of the head's gradient."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def class_weight(self, weight: Tensor | None, target: Tensor) -> Tensor | None:
+    def class_weight(self, rows: HeadRows) -> Tensor | None:
         """As the primitives take it."""
-        return objective.class_weight(weight, target, self.label_smoothing, self.weight_dtype)
+        return objective.class_weight(rows.class_weight, rows.target, self.label_smoothing, self.weight_dtype)
 
 
 class Block(NamedTuple):
@@ -81,12 +81,12 @@ class Block(NamedTuple):
 class Blocks:
     """Hidden states, head and targets, cut into blocks of equal size whose logits fit the budget."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: HeadOptions
-    ) -> None:
-        """`hidden` and `target` have rows; all floating tensors but probabilities are cast to the products' dtype."""
+    def __init__(self, rows: HeadRows, options: HeadOptions) -> None:
+        """All floating tensors but probabilities are cast to the products' dtype."""
+        hidden, weight, bias, target, _ = rows
         self.hidden, self.target, self.options = hidden, target, options
         self.weight, self.bias = weight.to(options.dtype), None if bias is None else bias.to(options.dtype)
+        self.class_weight = options.class_weight(rows)
         N, C = len(hidden), len(weight)
         self.kept: Tensor | None = None
         if not target.is_floating_point():
@@ -114,11 +114,11 @@ class Blocks:
             logits = logits_of(h, self.weight, self.bias, out=self.buffer[: end - begin])
             yield Block(rows, targets, h, self.target[targets][None], logits[None])
 
-    def stats(self, block: Block, class_weight: Tensor | None) -> Stats:
+    def stats(self, block: Block) -> Stats:
         """The statistics of a block, each (1, n)."""
-        options = self.options
-        layout = Layout(2, *block.logits.shape[:2])
-        return operators.row_statistics(block.logits, block.target, layout, options.spec, options.wanted, class_weight)
+        x, options = block.logits, self.options
+        layout = Layout(2, *x.shape[:2])
+        return operators.row_statistics(x, block.target, layout, options.spec, options.wanted, self.class_weight)
 
 
 class Grads:
@@ -138,17 +138,9 @@ class Grads:
             if large is not None:
                 advise_huge_pages(large)
 
-    def add(
-        self,
-        block: Block,
-        top: Tensor,
-        lse: Tensor,
-        class_weight: Tensor | None,
-        upstream: Upstream,
-        g_mass: Tensor | None,
-    ) -> None:
+    def add(self, block: Block, top: Tensor, lse: Tensor, upstream: Upstream, g_mass: Tensor | None) -> None:
         """One block, whose logits are overwritten by their gradient; all numbers per row are (1, n)."""
-        x, spec = block.logits, self.blocks.options.spec
+        x, spec, class_weight = block.logits, self.blocks.options.spec, self.blocks.class_weight
         if self.dq is not None:
             where = torch.arange(len(self.dq), device=x.device)[block.targets]
             count = max(1, FEW // x.shape[2])
@@ -174,67 +166,51 @@ class Grads:
 
 
 def in_their_dtypes(
-    function: Callable[Concatenate[Tensor, P], list[Tensor]],
-) -> Callable[Concatenate[Tensor, P], list[Tensor]]:
+    function: Callable[Concatenate[HeadRows, P], list[Tensor]],
+) -> Callable[Concatenate[HeadRows, P], list[Tensor]]:
     """Without autocast, which `HeadOptions.dtype` has heeded: it would round once more what a product is given."""
 
     @functools.wraps(function)
-    def run(hidden: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> list[Tensor]:
-        kind = hidden.device.type
+    def run(rows: HeadRows, /, *args: P.args, **kwargs: P.kwargs) -> list[Tensor]:
+        kind = rows.hidden.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return function(hidden, *args, **kwargs)
+            return function(rows, *args, **kwargs)
         with torch.autocast(kind, enabled=False):
-            return function(hidden, *args, **kwargs)
+            return function(rows, *args, **kwargs)
 
     return run
 
 
 @in_their_dtypes
-def loss_and_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    factor: Tensor,
-    class_weight: Tensor | None,
-    options: HeadOptions,
-    needs: Needs,
-) -> list[Tensor]:
+def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Needs) -> list[Tensor]:
     """factor * sum_n loss_n (0-d), and those gradients of it that are wanted, of (hidden, weight, bias, target).
 
     With float16 the gradients are those of the sum, which `functions.py` scales: 1 / N in each of the products
     would take small probabilities below what the format can hold.
     """
-    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
+    blocks = Blocks(rows, options)
     total, grads, formula = torch.zeros_like(factor), Grads(blocks, needs), options.objective
     g = torch.ones_like(factor) if options.dtype == torch.float16 else factor
     for block in blocks:
-        stats = blocks.stats(block, w)
-        terms = objective.class_terms(block.target, class_weight, len(weight), formula)
+        stats = blocks.stats(block)
+        terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
         total += objective.row_losses(stats, terms, formula).sum() * factor
         if any(needs):
             upstream = objective.row_upstream(stats.top, stats.lse, stats.mass, terms, formula, g)
-            g_mass = -upstream.picked * stats.lse if target.is_floating_point() else None  # of lse mass - picked
-            grads.add(block, stats.top, stats.lse, w, upstream, g_mass)
+            g_mass = -upstream.picked * stats.lse if needs[3] else None  # of lse mass - picked
+            grads.add(block, stats.top, stats.lse, upstream, g_mass)
     return [total, *grads.found()]
 
 
 @in_their_dtypes
-def stats_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    options: HeadOptions,
-) -> list[Tensor]:
+def stats_of(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
     """Those of `Stats` that are wanted, (1, N) each; for a row that is left out what the primitives say of one."""
-    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
+    blocks, N = Blocks(rows, options), len(rows.hidden)
     found: list[Tensor] = []
     for block in blocks:
-        stats = blocks.stats(block, w).pack()
+        stats = blocks.stats(block).pack()
         found = found or [
-            stat.new_full((1, len(hidden), *stat.shape[2:]), 0 if stat.is_floating_point() else -1) for stat in stats
+            stat.new_full((1, N, *stat.shape[2:]), 0 if stat.is_floating_point() else -1) for stat in stats
         ]
         for whole, part in zip(found, stats, strict=True):
             whole[:, block.rows] = part
@@ -243,23 +219,19 @@ def stats_of(
 
 @in_their_dtypes
 def stats_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
+    rows: HeadRows,
     top: Tensor,
     lse: Tensor,
     upstream: Upstream,
     g_mass: Tensor | None,
-    class_weight: Tensor | None,
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor]:
     """Gradients of (hidden, weight, bias, target), as far as they are wanted, from numbers per row, (1, N) each."""
-    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
+    blocks = Blocks(rows, options)
     grads = Grads(blocks, needs)
     for block in blocks:
         part = Upstream(*[None if g is None else g[:, block.rows] for g in upstream])  # type: ignore[arg-type]
         mass = None if g_mass is None else g_mass[:, block.rows]
-        grads.add(block, top[:, block.rows], lse[:, block.rows], w, part, mass)
+        grads.add(block, top[:, block.rows], lse[:, block.rows], part, mass)
     return grads.found()

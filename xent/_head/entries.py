@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._backends import slope
-from .._records import Stats, Upstream, compute_dtype, statistics_dtype
+from .._records import HeadRows, Stats, Upstream, compute_dtype, statistics_dtype
 from .._rows import dispatch, objective
 from .blocks import Blocks, HeadOptions, Needs, in_their_dtypes, stats_grads
 
@@ -52,29 +52,19 @@ def uniform(seed: Tensor, rows: Tensor) -> Tensor:
 
 
 @in_their_dtypes
-def sparse_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    factor: Tensor | None,
-    class_weight: Tensor | None,
-    seed: Tensor,
-    options: HeadOptions,
-) -> list[Tensor]:
+def sparse_forward(rows: HeadRows, factor: Tensor | None, seed: Tensor, options: HeadOptions) -> list[Tensor]:
     """The statistics that are wanted, (1, N) each, and `Entries`; with a factor first the loss of `loss_and_grads`."""
-    blocks, w = Blocks(hidden, weight, bias, target, options), options.class_weight(class_weight, target)
-    formula = options.objective
+    blocks, hidden, formula = Blocks(rows, options), rows.hidden, options.objective
     total = None if factor is None else torch.zeros_like(factor)
-    found = options.wanted.empty(hidden[None], target[None])
+    found = options.wanted.empty(hidden[None], rows.target[None])
     for stat in found:  # of a row that is left out
         stat.fill_(0 if stat.is_floating_point() else -1)
     numbers = torch.arange(len(hidden), device=hidden.device)
     counts, parts = torch.zeros_like(numbers), []
     for block in blocks:
-        stats = blocks.stats(block, w)
+        stats = blocks.stats(block)
         if total is not None and factor is not None:
-            terms = objective.class_terms(block.target, class_weight, len(weight), formula)
+            terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
             total += objective.row_losses(stats, terms, formula).sum() * factor
         for whole, part in zip(found, stats.pack(), strict=True):
             whole[:, block.rows] = part
@@ -93,29 +83,23 @@ def sparse_forward(
 
 @in_their_dtypes
 def sparse_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
+    rows: HeadRows,
     stats: Stats,
     entries: Entries,
     upstream: Upstream,
     g_mass: Tensor | None,
-    class_weight: Tensor | None,
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor]:
     """Gradients of (hidden, weight, bias, target), as far as they are wanted, each in its tensor's dtype."""
     count = int(entries.ends[-1]) if len(entries.ends) else 0  # behind them there may be room that no row took
     entries = entries._replace(classes=entries.classes[:count], p=entries.p[:count])
-    tensors = [t for t, needed in zip((hidden, weight, bias, target), needs, strict=True) if needed and t is not None]
+    tensors = [t for t, needed in zip(rows.sources, needs, strict=True) if needed and t is not None]
     whole: list[Tensor] = []
-    if target.is_floating_point():  # all but p is dense: it takes its products, and the logits once more
+    if rows.target.is_floating_point():  # all but p is dense: it takes its products, and the logits once more
         rest = Upstream(torch.zeros_like(upstream.lse), upstream.picked, upstream.wsum)
-        whole = stats_grads(
-            hidden, weight, bias, target, stats.top, stats.lse, rest, g_mass, class_weight, options, needs
-        )
-    found = _sparse_part(hidden, weight, target, stats, entries, upstream, class_weight, options, needs)
+        whole = stats_grads(rows, stats.top, stats.lse, rest, g_mass, options, needs)
+    found = _sparse_part(rows, stats, entries, upstream, options, needs)
     for part, other in zip(found, whole, strict=False):
         part += other
     found += whole[len(found) :]  # that of the target
@@ -123,17 +107,10 @@ def sparse_grads(
 
 
 def _sparse_part(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    stats: Stats,
-    entries: Entries,
-    upstream: Upstream,
-    class_weight: Tensor | None,
-    options: HeadOptions,
-    needs: Needs,
+    rows: HeadRows, stats: Stats, entries: Entries, upstream: Upstream, options: HeadOptions, needs: Needs
 ) -> list[Tensor]:
     """Of hidden, weight and bias: all but what is dense in itself."""
+    hidden, weight, _, target, _ = rows
     soft, compute, device = target.is_floating_point(), compute_dtype(weight), hidden.device
     coefficient = coefficients(target, stats, entries, upstream, options, compute)
     rank_one = upstream.wsum is not None and not soft
@@ -144,16 +121,16 @@ def _sparse_part(
     ones = torch.ones(len(hidden), 1, dtype=compute, device=device)
     by_class = dispatch.transpose(entries.ends, entries.classes, coefficient, len(weight)) if any(needs[1:3]) else None
     del coefficient
-    for needed, rows, dtype in zip(needs[1:3], (hidden, ones), (weight.dtype, compute), strict=True):
+    for needed, factor, dtype in zip(needs[1:3], (hidden, ones), (weight.dtype, compute), strict=True):
         if needed and by_class is not None:
-            found.append(dispatch.gather_sums(*by_class, rows, exact or dtype))
+            found.append(dispatch.gather_sums(*by_class, factor, exact or dtype))
     if needs[2]:
         found[-1] = found[-1][:, 0]
     if rank_one and upstream.wsum is not None:
         kept = (target != options.spec.ignore_index).nonzero()[:, 0]
         a = torch.zeros(len(hidden), dtype=compute, device=device)
         a[kept] = (upstream.wsum[0][kept] * options.spec.scale).to(compute)
-        w = options.class_weight(class_weight, target)
+        w = options.class_weight(rows)
         w = torch.ones(len(weight), dtype=compute, device=device) if w is None else w
         classes = torch.arange(len(weight), dtype=torch.int32, device=device)
         left = iter(found)

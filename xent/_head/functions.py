@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._backends import advise_huge_pages
-from .._records import RowSpec, Stats, Upstream, compute_dtype
+from .._records import HeadRows, RowSpec, Stats, Upstream, compute_dtype
 from .._rows.functions import OnceDifferentiable, once_differentiable, upstream_of
 from .._rows.operators import SPEC, UPSTREAM, define, differentiate
 from . import blocks
@@ -24,39 +24,21 @@ INSTEAD = "use xent.cross_entropy(torch.nn.functional.linear(input, linear_weigh
 GONE = f"double backward of a linear head with its loss: its logits are gone; for higher derivatives {INSTEAD}"
 
 
-def head_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    factor: Tensor,
-    class_weight: Tensor | None,
-    options: HeadOptions,
-) -> Tensor:
-    """factor * sum_n loss_n (0-d, in the statistics' dtype) of the rows (N, D) and their targets."""
-    tensors = (hidden, weight, bias, target)
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    arguments = (*tensors, factor, class_weight)
+def head_loss(rows: HeadRows, factor: Tensor, options: HeadOptions) -> Tensor:
+    """factor * sum_n loss_n (0-d, in the statistics' dtype)."""
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in rows.sources)
     if torch.compiler.is_compiling():
-        return torch.ops.xent.head_loss(*arguments, *flatten(options), list(needs))[0]  # type: ignore[no-any-return]
-    return HeadLoss.apply(*arguments, options, needs)[0]  # type: ignore[no-any-return, no-untyped-call]
+        return torch.ops.xent.head_loss(*rows, factor, *flatten(options), list(needs))[0]  # type: ignore[no-any-return]
+    return HeadLoss.apply(*rows, factor, options, needs)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
-def head_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    options: HeadOptions,
-) -> Stats:
-    """Differentiable `Stats` of the rows (N, D), (1, N) each."""
-    arguments = (hidden, weight, bias, target, class_weight)
+def head_stats(rows: HeadRows, options: HeadOptions) -> Stats:
+    """Differentiable `Stats`, (1, N) each."""
     if torch.compiler.is_compiling():
-        found = torch.ops.xent.head_statistics(*arguments, *flatten(options))
+        found = torch.ops.xent.head_statistics(*rows, *flatten(options))
     else:
-        found = HeadStats.apply(*arguments, options)  # type: ignore[no-untyped-call]
-    return options.wanted.unpack(found, target.is_floating_point())
+        found = HeadStats.apply(*rows, options)  # type: ignore[no-untyped-call]
+    return options.wanted.unpack(found, rows.target.is_floating_point())
 
 
 class NoTransforms:
@@ -77,28 +59,20 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
     """The loss, with its gradients computed in forward; backward multiplies them by the upstream number."""
 
     @staticmethod
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        factor: Tensor,
-        class_weight: Tensor | None,
-        options: HeadOptions,
-        needs: Needs,
-    ) -> tuple[Tensor, ...]:
-        arguments = (hidden, weight, bias, target, factor, class_weight)
-        if _torch.is_traced(*arguments):
-            return tuple(torch.ops.xent.head_loss(*arguments, *flatten(options), list(needs)))
-        return tuple(blocks.loss_and_grads(*arguments, options, needs))
+    def forward(*flat: Any) -> tuple[Tensor, ...]:
+        rows, (factor, options, needs) = HeadRows.split(flat)
+        if _torch.is_traced(*rows, factor):
+            return tuple(torch.ops.xent.head_loss(*rows, factor, *flatten(options), list(needs)))
+        return tuple(blocks.loss_and_grads(rows, factor, options, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.dtypes = [t.dtype if needed else None for t, needed in zip(inputs[:4], inputs[7], strict=True)]
-        ctx.unscaled = inputs[6].dtype == torch.float16
+        rows, (factor, options, needs) = HeadRows.split(inputs)
+        ctx.dtypes = [t.dtype if t is not None and n else None for t, n in zip(rows.sources, needs, strict=True)]
+        ctx.unscaled = options.dtype == torch.float16
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:5], *output[1:])
+        ctx.save_for_backward(*rows.sources, factor, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -132,56 +106,56 @@ class HeadStats(NoTransforms, torch.autograd.Function):
     """Those of `Stats` that are wanted, for each row."""
 
     @staticmethod
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        options: HeadOptions,
-    ) -> tuple[Tensor, ...]:
-        arguments = (hidden, weight, bias, target, class_weight)
-        if _torch.is_traced(*arguments):
-            return tuple(torch.ops.xent.head_statistics(*arguments, *flatten(options)))
-        return tuple(blocks.stats_of(*arguments, options))
+    def forward(*flat: Any) -> tuple[Tensor, ...]:
+        rows, (options,) = HeadRows.split(flat)
+        if _torch.is_traced(*rows):
+            return tuple(torch.ops.xent.head_statistics(*rows, *flatten(options)))
+        return tuple(blocks.stats_of(rows, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.options = inputs
-        stats = ctx.options.wanted.unpack(output, inputs[3].is_floating_point())
+        rows, (ctx.options,) = HeadRows.split(inputs)
+        stats = ctx.options.wanted.unpack(output, rows.target.is_floating_point())
         ctx.mark_non_differentiable(stats.top, *[] if stats.argmax is None else [stats.argmax])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, stats.top, stats.lse, stats.entropy)
+        ctx.save_for_backward(*rows, stats.top, stats.lse, stats.entropy)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads):
             return (None,) * 6
-        saved = ctx.saved_tensors
-        found = stats_backward(saved, grads, ctx.options, ctx.needs_input_grad[:4])
-        return *[once_differentiable(grad, saved[:4], GONE) for grad in found], None, None
+        rows, (top, lse, entropy) = HeadRows.split(ctx.saved_tensors)
+        needs = ctx.needs_input_grad[: len(rows.sources)]
+        found = stats_backward(rows, top, lse, entropy, grads, ctx.options, needs)
+        return *[once_differentiable(grad, rows.sources, GONE) for grad in found], None, None
 
 
 def stats_backward(
-    saved: tuple[Any, ...], grads: Sequence[Tensor | None], options: HeadOptions, needs: Needs
+    rows: HeadRows,
+    top: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grads: Sequence[Tensor | None],
+    options: HeadOptions,
+    needs: Needs,
 ) -> list[Tensor | None]:
     """The gradients of hidden, weight, bias and target that are wanted, without a graph of their own."""
-    hidden, weight, bias, target, class_weight, top, lse, entropy = saved
     if any(map(_torch.is_batched_gradient, grads)):
         raise NotImplementedError(
             "is_grads_batched=True of the statistics of a linear head: each gradient of the batch would need the "
             "blocks of logits once more; call torch.autograd.grad in a loop"
         )
     with torch.no_grad():
-        g = options.wanted.unpack(grads, target.is_floating_point())
-        upstream = upstream_of(g, lse, entropy, target[None])
-        rows, rest = (hidden, weight, bias, target, top, lse), (g.mass, class_weight)
-        if _torch.is_traced(*rows, *upstream, *rest):
-            found = torch.ops.xent.head_gradients(*rows, *upstream, *rest, *flatten(options), list(needs))
+        g = options.wanted.unpack(grads, rows.target.is_floating_point())
+        upstream = upstream_of(g, lse, entropy, rows.target[None])
+        numbers = (*rows, top, lse, *upstream, g.mass)
+        if _torch.is_traced(*numbers):
+            found = torch.ops.xent.head_gradients(*numbers, *flatten(options), list(needs))
         else:
-            found = blocks.stats_grads(*rows, upstream, *rest, options, needs)
+            found = blocks.stats_grads(rows, top, lse, upstream, g.mass, options, needs)
         left = iter(found)
-        return [next(left).to(t.dtype) if needed else None for t, needed in zip(rows[:4], needs, strict=True)]
+        wanted = zip(rows.sources, needs, strict=True)
+        return [next(left).to(t.dtype) if t is not None and needed else None for t, needed in wanted]
 
 
 # ---------------------------------------------------------------------------------------------------- operators
@@ -190,8 +164,8 @@ OPTIONS = (
     f"{SPEC}, ScalarType dtype, SymInt max_bytes, SymInt shift, float label_smoothing, float z_loss, "
     "bool entropy, bool argmax, float? resolution"
 )
-ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
-PER_ROW = f"Tensor top, Tensor lse, {UPSTREAM}, Tensor? g_mass, Tensor? class_weight"
+ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+PER_ROW = f"Tensor top, Tensor lse, {UPSTREAM}, Tensor? g_mass"
 
 
 def flatten(options: HeadOptions) -> tuple[Any, ...]:
@@ -205,21 +179,23 @@ def options_of(flat: Sequence[Any]) -> HeadOptions:
 
 
 def _loss(*flat: Any) -> list[Tensor]:
-    return blocks.loss_and_grads(*flat[:6], options_of(flat[6:-1]), flat[-1])  # type: ignore[call-arg]
+    rows, (factor, *rest, needs) = HeadRows.split(flat)
+    return blocks.loss_and_grads(rows, factor, options_of(rest), needs)
 
 
 def _statistics(*flat: Any) -> list[Tensor]:
-    return blocks.stats_of(*flat[:5], options_of(flat[5:]))  # type: ignore[call-arg]
+    rows, rest = HeadRows.split(flat)
+    return blocks.stats_of(rows, options_of(rest))
 
 
 def _gradients(*flat: Any) -> list[Tensor]:
-    rows, upstream, rest = flat[:6], Upstream(*flat[6:10]), flat[10:12]
-    return blocks.stats_grads(*rows, upstream, *rest, options_of(flat[12:-1]), flat[-1])  # type: ignore[call-arg]
+    rows, (top, lse, *rest, needs) = HeadRows.split(flat)
+    return blocks.stats_grads(rows, top, lse, Upstream(*rest[:4]), rest[4], options_of(rest[5:]), needs)
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, _: Any, target: Tensor, *flat: Any) -> list[Tensor]:
+def _made(rows: HeadRows, options: HeadOptions, needs: Needs) -> list[Tensor]:
     """The gradients without numbers, as the blocks make them."""
-    options, needs = options_of(flat[8:-1]), flat[-1]
+    hidden, weight, _, target, _ = rows
     made = (
         (hidden.shape, options.dtype),
         (weight.shape, options.weight_dtype),
@@ -229,17 +205,23 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, _: Any, target: Tensor, *fl
     return [hidden.new_empty(shape, dtype=d) for (shape, d), needed in zip(made, needs, strict=True) if needed]
 
 
-def _empty_loss(h: Tensor, W: Tensor, b: Tensor | None, y: Tensor, factor: Tensor, w: Any, *flat: Any) -> list[Tensor]:
-    return [torch.empty_like(factor), *_empty_gradients(h, W, b, y, *[None] * 8, *flat)]
+def _empty_gradients(*flat: Any) -> list[Tensor]:
+    rows, (*rest, needs) = HeadRows.split(flat)
+    return _made(rows, options_of(rest[7:]), needs)
 
 
-def _empty_statistics(h: Tensor, W: Tensor, b: Any, y: Tensor, w: Any, *flat: Any) -> list[Tensor]:
-    return options_of(flat).wanted.empty(h[None], y[None])
+def _empty_loss(*flat: Any) -> list[Tensor]:
+    rows, (factor, *rest, needs) = HeadRows.split(flat)
+    return [torch.empty_like(factor), *_made(rows, options_of(rest), needs)]
 
 
-_LOSS = f"({ROWS}, Tensor factor, Tensor? class_weight, {OPTIONS}, bool[] needs) -> Tensor[]"
-define("head_loss", _LOSS, _loss, _empty_loss)
-define("head_statistics", f"({ROWS}, Tensor? class_weight, {OPTIONS}) -> Tensor[]", _statistics, _empty_statistics)
+def _empty_statistics(*flat: Any) -> list[Tensor]:
+    rows, rest = HeadRows.split(flat)
+    return options_of(rest).wanted.empty(rows.hidden[None], rows.target[None])
+
+
+define("head_loss", f"({ROWS}, Tensor factor, {OPTIONS}, bool[] needs) -> Tensor[]", _loss, _empty_loss)
+define("head_statistics", f"({ROWS}, {OPTIONS}) -> Tensor[]", _statistics, _empty_statistics)
 define("head_gradients", f"({ROWS}, {PER_ROW}, {OPTIONS}, bool[] needs) -> Tensor[]", _gradients, _empty_gradients)
 differentiate("head_loss", HeadLoss, lambda *flat: (*flat[:6], options_of(flat[6:-1]), tuple(flat[-1])))
 differentiate("head_gradients", OnceDifferentiable, lambda *flat: (flat[0], GONE))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._records import HeadRows
 from .rows import as_index, check_probabilities
 
 MAX_BYTES = 72 << 20  # of logits at a time: products of full speed, and no more than a few per cent of a training step
@@ -16,16 +17,15 @@ MAX_BYTES = 72 << 20  # of logits at a time: products of full speed, and no more
 class LinearRows(NamedTuple):
     """A batch as the blocks read it; several heads only where `linear_weight` has further dimensions."""
 
-    hidden: Tensor  #                                      (N, D)
-    heads: list[tuple[Tensor, Tensor | None, Tensor]]  #   weight (C, D), bias (C,), target (N,), (N, K) or (N, C)
-    shape: torch.Size  #                                   of a result with one number per position
-    dtype: torch.dtype  #                                  of the products
-    shift: int  #                                          T, where row n predicts what row n + 1 holds
+    heads: list[HeadRows]
+    shape: torch.Size  #    of a result with one number per position
+    dtype: torch.dtype  #   of the products
+    shift: int  #           T, where row n predicts what row n + 1 holds
 
     @property
     def targets(self) -> Tensor:
         """Those that count as targets, of all heads together."""
-        found = self.heads[0][2] if len(self.heads) == 1 else torch.cat([y for _, _, y in self.heads])
+        found = torch.cat([head.target for head in self.heads]) if len(self.heads) > 1 else self.heads[0].target
         if self.shift and found.is_floating_point():
             found = found[: len(found) // self.shift * (self.shift - 1)]
         return found
@@ -52,6 +52,7 @@ def to_linear_rows(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
+    weight: Tensor | None,
     shift: bool,
     ignore_index: int,
     candidates: bool = False,
@@ -104,7 +105,8 @@ def to_linear_rows(
         targets = list(target.flatten(2).unbind(2) if soft else target.flatten(1).unbind(1))
         weights = list(linear_weight.flatten(1, -2).unbind(1))
         biases = [None] * len(weights) if linear_bias is None else list(linear_bias.flatten(1).unbind(1))
-    return LinearRows(hidden, list(zip(weights, biases, targets, strict=True)), index, dtype, T)
+    heads = [HeadRows(hidden, W, b, y, weight) for W, b, y in zip(weights, biases, targets, strict=True)]
+    return LinearRows(heads, index, dtype, T)
 
 
 def _check_tensors(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:

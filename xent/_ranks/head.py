@@ -23,7 +23,7 @@ from .._head.blocks import HeadOptions
 from .._head.entries import Entries, sparse_forward
 from .._head.functions import GONE, OPTIONS, ROWS, NoTransforms, flatten, options_of, stats_backward
 from .._head.sparse import empty_entries, sparse_backward, with_room
-from .._records import Stats, compute_dtype
+from .._records import HeadRows, Stats, compute_dtype
 from .._rows.functions import once_differentiable, upstream_of
 from .._rows.objective import ClassTerms
 from .._rows.operators import define, differentiate
@@ -31,25 +31,15 @@ from .combine import Gathered, combine, empty_gathered, gather
 
 
 def rank_head_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    seed: Tensor | None,
-    options: HeadOptions,
-    group: ProcessGroup,
+    rows: HeadRows, seed: Tensor | None, options: HeadOptions, group: ProcessGroup
 ) -> tuple[Stats, ClassTerms]:
-    """Differentiable `Stats` over the classes of all ranks, from the rows (N, D) and this rank's part of the head."""
-    arguments = (hidden, weight, bias, target, class_weight, seed)
+    """Differentiable `Stats` over the classes of all ranks, from the rows and this rank's part of the head."""
     if torch.compiler.is_compiling():
-        found = torch.ops.xent.rank_head_statistics(*arguments, group.group_name, *flatten(options))
+        found = torch.ops.xent.rank_head_statistics(*rows, seed, group.group_name, *flatten(options))
     else:
-        found = RankHeadStats.apply(*arguments, group.group_name, options)  # type: ignore[no-untyped-call]
-    ignored, weighted = _ignored(target, options), class_weight is not None
-    return combine(
-        Gathered.unpack(found[: len(found) - _entries(seed)]), target[None], ignored, weighted, options.wanted
-    )
+        found = RankHeadStats.apply(*rows, seed, group.group_name, options)  # type: ignore[no-untyped-call]
+    gathered, weighted = Gathered.unpack(found[: len(found) - _entries(seed)]), rows.class_weight is not None
+    return combine(gathered, rows.target[None], _ignored(rows.target, options), weighted, options.wanted)
 
 
 class RankHeadStats(NoTransforms, torch.autograd.Function):
@@ -59,52 +49,42 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        seed: Tensor | None,
-        group: str,
-        options: HeadOptions,
-    ) -> tuple[Tensor, ...]:
-        arguments = (hidden, weight, bias, target, class_weight, seed)
-        if _torch.is_traced(*arguments):
-            return tuple(torch.ops.xent.rank_head_statistics(*arguments, group, *flatten(options)))
-        return tuple(_statistics(*arguments, group, options))
+    def forward(*flat: Any) -> tuple[Tensor, ...]:
+        rows, (seed, group, options) = HeadRows.split(flat)
+        if _torch.is_traced(*rows, seed):
+            return tuple(torch.ops.xent.rank_head_statistics(*rows, seed, group, *flatten(options)))
+        return tuple(_statistics(rows, seed, group, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, seed, ctx.group, ctx.options = inputs
+        rows, (seed, ctx.group, ctx.options) = HeadRows.split(inputs)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         count = len(output) - _entries(seed)
-        ctx.save_for_backward(*tensors, *Gathered.unpack(output[:count]), *output[count:])
+        saved = rows._replace(class_weight=None)  # in `Gathered`: the part of the classes held here
+        ctx.save_for_backward(*saved, *Gathered.unpack(output[:count]), *output[count:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 8
-        hidden, weight, bias, target, *found = ctx.saved_tensors
+        rows, found = HeadRows.split(ctx.saved_tensors)
         gathered, group, options = Gathered(*found[:3]), _torch.process_group(ctx.group), ctx.options
-        ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[:4], len(weight)
-        (y,), own, flowing = gathered.of_rank(group.rank(), g, target[None], ignore_index, C, options.wanted)
+        ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[: len(rows.sources)], len(rows.weight)
+        (y,), own, flowing = gathered.of_rank(group.rank(), g, rows.target[None], ignore_index, C, options.wanted)
+        part = rows._replace(target=y, class_weight=gathered.part)
         local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
         with torch.no_grad():
             if found[3:]:
                 given = options.wanted.unpack(flowing, y.is_floating_point())
-                upstream, row = upstream_of(given, own.lse, own.entropy, y[None]), (hidden, weight, bias, y)
-                rest = (given.mass, gathered.part, local, needs)
-                grads = sparse_backward(row, own, Entries(*found[3:]), upstream, *rest)
+                upstream = upstream_of(given, own.lse, own.entropy, y[None])
+                grads = sparse_backward(part, own, Entries(*found[3:]), upstream, given.mass, local, needs)
             else:
-                saved = (hidden, weight, bias, y, gathered.part, own.top, own.lse, own.entropy)
-                grads = stats_backward(saved, flowing, local, needs)
+                grads = stats_backward(part, own.top, own.lse, own.entropy, flowing, local, needs)
             if needs[0] and grads[0] is not None and group.size() > 1:
                 total = _torch.all_reduce(grads[0].to(compute_dtype(grads[0])), ctx.group)
-                grads[0] = total.to(hidden.dtype)
-        sources = (hidden, weight, bias, target)
-        return *[once_differentiable(grad, sources, GONE) for grad in grads], *[None] * 4
+                grads[0] = total.to(rows.hidden.dtype)
+        return *[once_differentiable(grad, rows.sources, GONE) for grad in grads], *[None] * 4
 
 
 def _entries(seed: Tensor | None) -> int:
@@ -121,25 +101,17 @@ def _ignored(target: Tensor, options: HeadOptions) -> Tensor | None:
     return None
 
 
-def _statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    seed: Tensor | None,
-    group: str,
-    options: HeadOptions,
-) -> list[Tensor]:
+def _statistics(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOptions) -> list[Tensor]:
     entries: list[Tensor] = []
+    hidden, weight, _, target, class_weight = rows
 
     def local(start: int, total: int, part: Tensor | None) -> Stats:
         own = options._replace(spec=options.spec._replace(start=start, classes=total))
+        here = rows._replace(class_weight=part)
         if seed is None:
-            found = blocks.stats_of(hidden, weight, bias, target, part, own)
+            found = blocks.stats_of(here, own)
         else:  # another one on each rank, where all draw the same
-            of_rank = seed + start
-            *found, ends, classes, p = sparse_forward(hidden, weight, bias, target, None, part, of_rank, own)
+            *found, ends, classes, p = sparse_forward(here, None, seed + start, own)
             entries[:] = [ends, classes, p]
         return options.wanted.unpack(found, target.is_floating_point())
 
@@ -153,18 +125,20 @@ def _statistics(
 
 
 def _run(*flat: Any) -> list[Tensor]:
-    found = _statistics(*flat[:7], options_of(flat[7:]))  # type: ignore[call-arg]
-    return found if flat[5] is None else with_room(found, flat[0], flat[1], flat[-1])
+    rows, (seed, group, *rest) = HeadRows.split(flat)
+    options = options_of(rest)
+    found = _statistics(rows, seed, group, options)
+    return found if seed is None else with_room(found, rows, options)
 
 
-def _empty(
-    h: Tensor, W: Tensor, b: Any, y: Tensor, w: Tensor | None, seed: Tensor | None, group: str, *flat: Any
-) -> list[Tensor]:
-    options, ranks = options_of(flat), _torch.process_group(group).size()
-    found = empty_gathered(y[None], (len(W), options.weight_dtype), w is not None, ranks, options.wanted)
-    return found if seed is None else found + empty_entries(h, W, flat[-1])
+def _empty(*flat: Any) -> list[Tensor]:
+    rows, (seed, group, *rest) = HeadRows.split(flat)
+    options, ranks = options_of(rest), _torch.process_group(group).size()
+    held, weighted = (len(rows.weight), options.weight_dtype), rows.class_weight is not None
+    found = empty_gathered(rows.target[None], held, weighted, ranks, options.wanted)
+    return found if seed is None else found + empty_entries(rows, options)
 
 
-_SCHEMA = f"({ROWS}, Tensor? class_weight, Tensor? seed, str group, {OPTIONS}) -> Tensor[]"
+_SCHEMA = f"({ROWS}, Tensor? seed, str group, {OPTIONS}) -> Tensor[]"
 define("rank_head_statistics", _SCHEMA, _run, _empty)
 differentiate("rank_head_statistics", RankHeadStats, lambda *flat: (*flat[:7], options_of(flat[7:])))
