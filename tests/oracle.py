@@ -253,35 +253,12 @@ def each(function: Callable[[Tensor], Tensor], record: Any) -> Any:
 # All tests call the primitives through the next two, on rows (N, C).
 
 
-def row_statistics(
-    x: Tensor, y: Tensor, spec: RowSpec, wanted: Wanted = NOTHING, class_weight: Tensor | None = None
-) -> Stats:
-    """The primitive, of rows (N, C)."""
-    stats = _primitives.row_statistics(x[None], y[None], spec, wanted, class_weight)
-    return Stats(*[None if stat is None else stat[0] for stat in stats])  # type: ignore[arg-type]
-
-
-def row_gradient(
-    x: Tensor,
-    y: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    spec: RowSpec,
-    class_weight: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The other one, of rows (N, C)."""
-    numbers = [None if n is None else n[None] for n in (top, lse, *upstream)]
-    g, whole = Upstream(*numbers[2:]), None if out is None else out[None]  # type: ignore[arg-type]
-    return _primitives.row_gradient(x[None], y[None], numbers[0], numbers[1], g, spec, class_weight, whole)[0]  # type: ignore[arg-type]
-
-
 def stats_of(
     x: Tensor, target: Tensor, wanted: Wanted = NOTHING, class_weight: Tensor | None = None, **spec: Any
 ) -> Stats:
     """`row_statistics`, with the fields of a `RowSpec` as options."""
-    return row_statistics(x, target, RowSpec(**spec), wanted, class_weight)
+    stats = _primitives.row_statistics(x[None], target[None], RowSpec(**spec), wanted, class_weight)
+    return each(lambda stat: stat[0], stats)  # type: ignore[no-any-return]
 
 
 def grad_of(
@@ -294,7 +271,9 @@ def grad_of(
     **spec: Any,
 ) -> Tensor:
     """`row_gradient`, for `Stats` or a `Truth`."""
-    return row_gradient(x, target, stats.top, stats.lse, g, RowSpec(**spec), class_weight, out)
+    g, numbers = each(lambda n: n[None], g), (stats.top[None], stats.lse[None])
+    whole = None if out is None else out[None]
+    return _primitives.row_gradient(x[None], target[None], *numbers, g, RowSpec(**spec), class_weight, whole)[0]
 
 
 def assert_stats(got: Any, truth: Truth, x: Tensor, target: Tensor, slack: float = 1.0) -> None:

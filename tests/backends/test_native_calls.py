@@ -11,7 +11,7 @@ import torch
 from oracle import stats_of
 from torch import Tensor
 
-from xent._records import RowSpec, Upstream, Wanted
+from xent._records import RowSpec, Stats, Upstream, Wanted
 from xent._rows import dispatch as _primitives
 
 native = _primitives.load("native")
@@ -25,7 +25,7 @@ def on_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def grad(x: Tensor, y: Tensor, top: Tensor, lse: Tensor, *g: Tensor | None, **options: Any) -> Tensor:
-    return oracle.row_gradient(x, y, top, lse, Upstream(*g), RowSpec(), **options)
+    return oracle.grad_of(x, y, Stats(top, lse, *[lse] * 5), Upstream(*g), **options)
 
 
 x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)

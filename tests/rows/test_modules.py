@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from oracle import Options, loss_and_grad
 from torch import nn
+from torch.nn import functional as F
 
 import xent
 
@@ -122,3 +124,26 @@ def test_hooks_run() -> None:
     module.register_forward_hook(lambda module, args, loss: calls.append(loss))
     loss = module(*batch())
     assert calls == [loss]
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs"),
+    [(xent.cross_entropy, F.cross_entropy), (xent.CrossEntropyLoss.__init__, nn.CrossEntropyLoss.__init__)],
+    ids=["function", "module"],
+)
+def test_names_and_defaults_are_torchs(ours: object, torchs: object) -> None:
+    """And all after `weight` go by keyword only, lest an old positional `size_average` slip in."""
+    signature, model = (inspect.signature(function).parameters for function in (ours, torchs))
+    shared = [name for name in model if name not in ("size_average", "reduce")]
+    assert [name for name in signature if name in model] == shared
+    assert all(signature[name].default == model[name].default for name in shared)
+    names = list(signature)
+    after = names[names.index("weight") + 1 :]
+    assert {signature[name].kind for name in after} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_module_and_function_have_the_same_options() -> None:
+    function, module = (inspect.signature(f).parameters for f in (xent.cross_entropy, xent.CrossEntropyLoss))
+    assert {name: p.default for name, p in function.items() if name not in ("input", "target", "target_prob")} == {
+        name: p.default for name, p in module.items()
+    }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import oracle
 import pytest
 import torch
 from oracle import loss_and_grad
 from pairs import pairwise
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import xent
@@ -251,7 +249,7 @@ def test_equal_logits_far_from_0(level: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss, torch.tensor(4.0, dtype=dtype).log())
 
 
-# Targets out of range, weight, dtypes, names
+# Targets out of range, weight, dtypes
 
 
 @pairwise(layout=LAYOUTS.keys(), wrong=[-1, 5, -101, 10**12], reduction=REDUCTIONS)
@@ -278,26 +276,3 @@ def test_dtype_and_shape_of_the_result(layout: str, soft: bool, reduction: str, 
     (ours, grad), (torchs, _) = (loss_and_grad(f, x, target, reduction=reduction) for f in (drop_in, F.cross_entropy))
     assert ours.dtype == grad.dtype == torchs.dtype == dtype
     assert ours.shape == torchs.shape
-
-
-@pytest.mark.parametrize(
-    ("ours", "torchs"),
-    [(xent.cross_entropy, F.cross_entropy), (xent.CrossEntropyLoss.__init__, nn.CrossEntropyLoss.__init__)],
-    ids=["function", "module"],
-)
-def test_names_and_defaults_are_torchs(ours: object, torchs: object) -> None:
-    """And all after `weight` go by keyword only, lest an old positional `size_average` slip in."""
-    signature, model = (inspect.signature(function).parameters for function in (ours, torchs))
-    shared = [name for name in model if name not in ("size_average", "reduce")]
-    assert [name for name in signature if name in model] == shared
-    assert all(signature[name].default == model[name].default for name in shared)
-    names = list(signature)
-    after = names[names.index("weight") + 1 :]
-    assert {signature[name].kind for name in after} == {inspect.Parameter.KEYWORD_ONLY}
-
-
-def test_module_and_function_have_the_same_options() -> None:
-    function, module = (inspect.signature(f).parameters for f in (xent.cross_entropy, xent.CrossEntropyLoss))
-    assert {name: p.default for name, p in function.items() if name not in ("input", "target", "target_prob")} == {
-        name: p.default for name, p in module.items()
-    }
