@@ -105,6 +105,11 @@ def refuse_nested_forward_mode(tensor: Tensor) -> None:
         )
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this kind of device: torch raises where it knows none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def library() -> str:
     """The file of torch's compiled part: what it links, the loader has loaded."""
     return torch._C.__file__

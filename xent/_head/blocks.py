@@ -24,6 +24,7 @@ from typing import Concatenate, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .._backends import advise_huge_pages, check_range
 from .._records import HeadRows, Layout, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
 from .._rows import objective, operators
@@ -172,10 +173,9 @@ def in_their_dtypes(
 
     @functools.wraps(function)
     def run(rows: HeadRows, /, *args: P.args, **kwargs: P.kwargs) -> list[Tensor]:
-        kind = rows.hidden.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not _torch.autocasts(rows.hidden.device):
             return function(rows, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(rows.hidden.device.type, enabled=False):
             return function(rows, *args, **kwargs)
 
     return run
@@ -205,16 +205,17 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
 @in_their_dtypes
 def stats_of(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
     """Those of `Stats` that are wanted, (1, N) each; for a row that is left out what the primitives say of one."""
-    blocks, N = Blocks(rows, options), len(rows.hidden)
-    found: list[Tensor] = []
+    blocks, found = Blocks(rows, options), of_no_row(rows, options)
     for block in blocks:
-        stats = blocks.stats(block).pack()
-        found = found or [
-            stat.new_full((1, N, *stat.shape[2:]), 0 if stat.is_floating_point() else -1) for stat in stats
-        ]
-        for whole, part in zip(found, stats, strict=True):
+        for whole, part in zip(found, blocks.stats(block).pack(), strict=True):
             whole[:, block.rows] = part
     return found
+
+
+def of_no_row(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
+    """What the primitives say of rows that are left out, for all of them."""
+    found = options.wanted.empty(rows.hidden[None], rows.target[None])
+    return [stat.fill_(0 if stat.is_floating_point() else -1) for stat in found]
 
 
 @in_their_dtypes

@@ -23,7 +23,7 @@ from torch import Tensor
 from .._backends import slope
 from .._records import HeadRows, Stats, Upstream, compute_dtype, statistics_dtype
 from .._rows import dispatch, objective
-from .blocks import Blocks, HeadOptions, Needs, in_their_dtypes, stats_grads
+from .blocks import Blocks, HeadOptions, Needs, in_their_dtypes, of_no_row, stats_grads
 
 CHUNK = 1 << 20  # entries that are worked on at a time, in torch operations
 GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64
@@ -56,9 +56,7 @@ def sparse_forward(rows: HeadRows, factor: Tensor | None, seed: Tensor, options:
     """The statistics that are wanted, (1, N) each, and `Entries`; with a factor first the loss of `loss_and_grads`."""
     blocks, hidden, formula = Blocks(rows, options), rows.hidden, options.objective
     total = None if factor is None else torch.zeros_like(factor)
-    found = options.wanted.empty(hidden[None], rows.target[None])
-    for stat in found:  # of a row that is left out
-        stat.fill_(0 if stat.is_floating_point() else -1)
+    found = of_no_row(rows, options)
     numbers = torch.arange(len(hidden), device=hidden.device)
     counts, parts = torch.zeros_like(numbers), []
     for block in blocks:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .._records import HeadRows
 from .rows import as_index, check_probabilities
 
@@ -130,9 +131,8 @@ def _check_tensors(input: Tensor, linear_weight: Tensor, target: Tensor, linear_
         raise ValueError("input: expected at least one dimension, the features, got a 0-d tensor")
     if linear_weight.dim() < 2:
         raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
-    kind = input.device.type
-    if input.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if input.dtype != torch.float64 and _torch.autocasts(input.device):
+        return torch.get_autocast_dtype(input.device.type)
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is not None and tensor.dtype != input.dtype:
             raise RuntimeError(f"{name}: expected {input.dtype} like input, got {tensor.dtype}")

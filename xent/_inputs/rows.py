@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .._backends import elements_are_apart
 from .._records import Layout
 
@@ -103,10 +104,7 @@ def _split(positions: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, b
 
 def result_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the loss: input's, but float32 where autocast is on, as for torch's own losses."""
-    if input.dtype in (torch.float32, torch.float64):
-        return input.dtype
-    kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if input.dtype not in (torch.float32, torch.float64) and _torch.autocasts(input.device):
         return torch.float32
     return input.dtype
 

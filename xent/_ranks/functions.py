@@ -68,11 +68,8 @@ class RankStats(torch.autograd.Function):
         wanted: Wanted,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        if _torch.is_traced(input, target, weight):
-            found = torch.ops.xent.rank_statistics(input, target, weight, group, *layout, *spec, *wanted, False)
-        else:
-            found = _statistics(input, target, weight, group, layout, spec, wanted)
-        return tuple(found)
+        run = torch.ops.xent.rank_statistics if _torch.is_traced(input, target, weight) else _run
+        return tuple(run(input, target, weight, group, *layout, *spec, *wanted, False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -108,16 +105,15 @@ class RankStats(torch.autograd.Function):
         raise NotImplementedError(f"group: forward mode {WHY}")
 
 
-def _statistics(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    group: str,
-    layout: Layout,
-    spec: RowSpec,
-    wanted: Wanted,
-) -> list[Tensor]:
-    soft = target.is_floating_point()
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+def _records(flat: tuple[Any, ...]) -> tuple[Layout, RowSpec, Wanted]:
+    return Layout(*flat[:3]), RowSpec(*flat[3:8]), Wanted(*flat[8:11])
+
+
+def _run(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
+    (layout, spec, wanted), soft = _records(flat), target.is_floating_point()
 
     def local(start: int, total: int, class_weight: Tensor | None) -> Stats:
         own, w = spec._replace(start=start, classes=total), class_weight if soft or wanted.wsum else None
@@ -128,17 +124,6 @@ def _statistics(
     ignored = None if soft else target == ignore_index
     held = (input.shape[layout.axis], compute_dtype(input))
     return gather(group, note, target, ignored, weight, held, wanted, local).pack()
-
-
-# ---------------------------------------------------------------------------------------------------- operators
-
-
-def _records(flat: tuple[Any, ...]) -> tuple[Layout, RowSpec, Wanted]:
-    return Layout(*flat[:3]), RowSpec(*flat[3:8]), Wanted(*flat[8:11])
-
-
-def _run(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
-    return _statistics(input, target, weight, group, *_records(flat))
 
 
 def _empty(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
