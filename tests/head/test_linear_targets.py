@@ -100,7 +100,10 @@ def test_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found = xent.linear_cross_entropy(h, W, q, linear_bias=b, reduction=reduction)
             expected = xent.cross_entropy(F.linear(h, W, b), q, reduction=reduction)
-        torch.testing.assert_close(grads(found, q), grads(expected, q), rtol=1e-5, atol=1e-6)
+        half = [t.detach().bfloat16() for t in (h, W, b)]
+        exact = xent.linear_cross_entropy(*half[:2], q, linear_bias=half[2], reduction=reduction, loss_dtype=h.dtype)
+        assert torch.equal(*grads(found, q), *grads(exact, q)), "of the same products, which this CPU may round or not"
+        torch.testing.assert_close(grads(found, q), grads(expected, q), rtol=2e-2, atol=5e-2)
 
 
 def test_heads_of_more_dimensions() -> None:
