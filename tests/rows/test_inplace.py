@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xent
 
-pytestmark = pytest.mark.usefixtures("backend")
-
+on_each_backend = pytest.mark.usefixtures("backend")
 IN_PLACE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "(C)": lambda: (torch.randn(5), torch.tensor(2)),
     "(N, C)": lambda: (torch.randn(6, 5), torch.tensor([-100, 1, 2, 3, 4, 0])),
@@ -33,6 +32,7 @@ IN_PLACE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 every_in_place = pytest.mark.parametrize("make", IN_PLACE.values(), ids=IN_PLACE)
 
 
+@on_each_backend
 @every_dtype
 @every_in_place
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}, {"softcap": 3.0}], ids=str)
@@ -50,6 +50,7 @@ def test_inplace_backward(make: Callable[[], tuple[Tensor, Tensor]], options: Op
     assert x.equal(expected[1])
 
 
+@on_each_backend
 @pytest.mark.parametrize(
     "make",
     [
@@ -81,6 +82,7 @@ def test_inplace_backward_through_a_model() -> None:
     assert all(a.equal(b) for a, b in zip(*grads, strict=True))
 
 
+@on_each_backend
 def test_inplace_backward_beside_probabilities_that_learn() -> None:
     """Their gradient needs the logits, and is taken before these are overwritten."""
     x, _ = batch(6, 5)
@@ -190,6 +192,7 @@ def assert_all_raise(said: list[str]) -> None:
         assert "modified by an inplace operation" in text
 
 
+@on_each_backend
 @every_loss
 @pytest.mark.parametrize("leaf", [False, True], ids=["", "leaf"])
 @pytest.mark.parametrize("way", ["as it is", "under a mode", "checkpointed"])
@@ -198,8 +201,8 @@ def test_a_second_use_raises(way: str, leaf: bool, options: Options) -> None:
     assert_all_raise(second_uses(way, 5, leaf, options))
 
 
+@on_each_backend
 def test_a_second_use_raises_where_the_logits_are_many() -> None:
-    """Beyond those that one call takes (see `mean_of_few`)."""
     assert_all_raise(second_uses("as it is", 20_000, False, {}))
 
 
@@ -223,8 +226,7 @@ def over_ranks(group: ProcessGroup, ways: list[str]) -> list[str]:
     return [text for way in ways for options in mine.values() for text in second_uses(way, 5, False, options)]
 
 
-@pytest.mark.parametrize("ways", [["as it is"], ["under a mode", "aot_eager", "inductor"]], ids=str)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "ways"), [(1, ["as it is"]), (2, ["as it is"]), (2, ["under a mode", "aot_eager"])])
 def test_a_second_use_raises_over_ranks(ranks: Ranks, world: int, ways: list[str]) -> None:
     for said in ranks.run(over_ranks, world, ways):
         assert_all_raise(said)

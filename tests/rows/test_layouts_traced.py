@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import cross_entropy as truth
+from pairs import pairs
 from test_options import DIMS
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -27,7 +29,7 @@ Run = Callable[[Tensor, Tensor], Both]
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
-    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "cut": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "expanded": lambda x: x[:1].expand_as(x),
@@ -41,7 +43,6 @@ LAYOUTS = [
         pytest.param(*of, name, id=f"{len(of[0])} dimensions, {name}")
         for of in (IMAGE, SEQUENCE, MATRIX)
         for name in list(STRIDES)[1:]
-        if of == IMAGE or name != "channels last"
     ],
 ]
 
@@ -115,11 +116,22 @@ WAYS: dict[str, Callable[[Loss, Tensor, Tensor], Run]] = {
     "make_fx, fake": graph("fake"),
     "make_fx, symbolic": graph("symbolic"),
 }
-every_layout = pytest.mark.parametrize(("shape", "target_shape", "dim", "axis", "strides"), LAYOUTS)
+LAYOUT = ("shape", "target_shape", "dim", "axis", "strides")
+every_layout = pytest.mark.parametrize(LAYOUT, LAYOUTS)
 
 
-@every_layout
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def traced() -> list[Any]:
+    """Shapes, strides and ways in pairs; and one way for each rule that finds the class dimension."""
+    shapes = {"image": IMAGE, "sequence": SEQUENCE, "matrix": MATRIX}
+    cases = [
+        (way, shapes[of], strides, f"{of}, {strides}")
+        for of, strides, way in pairs(of=shapes, strides=STRIDES, way=WAYS)
+    ]
+    cases += [(way, p.values, "contiguous", p.id) for way, p in zip(itertools.cycle(WAYS), DIMS, strict=False)]
+    return [pytest.param(WAYS[way], *shape, strides, id=f"{way}-{name}") for way, shape, strides, name in cases]
+
+
+@pytest.mark.parametrize(("way", *LAYOUT), traced())
 def test_traced(
     way: Callable[..., Run], shape: Any, target_shape: Any, dim: int | None, axis: int, strides: str
 ) -> None:
@@ -131,8 +143,7 @@ def test_traced(
 
 @pytest.mark.parametrize("strides", ["contiguous", "channels last", "cut"])
 def test_inductor(strides: str) -> None:
-    shape, target_shape, dim, axis = SEQUENCE if strides == "cut" else IMAGE
-    test_traced(compiled(), shape, target_shape, dim, axis, strides)
+    test_traced(compiled(), *(SEQUENCE if strides == "cut" else IMAGE), strides)
 
 
 def without_numbers(t: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import every_dtype, rows
+from oracle import ALL_DTYPES, rows
+from pairs import pairwise
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -132,7 +133,8 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool, str], Samples]] = {
     "xent::sparse_head_gradients": lambda dtype, soft, _: sparse_head_gradients(dtype, soft),
 }
 every_operator = pytest.mark.parametrize("name", OPERATORS)
-every_target = pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+TARGETS = {"indices": False, "probabilities": True}
+every_target = pytest.mark.parametrize("soft", TARGETS.values(), ids=TARGETS)
 
 
 def operator(name: str) -> Any:
@@ -143,18 +145,14 @@ def test_every_operator_has_samples() -> None:
     assert sorted(SAMPLES) == OPERATORS
 
 
-@every_operator
-@every_target
-@every_dtype
+@pairwise(name=OPERATORS, soft=TARGETS, dtype=ALL_DTYPES)
 def test_opcheck(name: str, soft: bool, dtype: torch.dtype, alone: Any) -> None:
     """torch's own check of schema, registration, fake results and tracing, with all options at once."""
     outcome = torch.library.opcheck(operator(name), next(SAMPLES[name](dtype, soft, alone.group_name)))
     assert set(outcome.values()) == {"SUCCESS"}
 
 
-@every_operator
-@every_target
-@every_dtype
+@pairwise(name=OPERATORS, soft=TARGETS, dtype=ALL_DTYPES)
 def test_fake_results_are_like_real_ones(name: str, soft: bool, dtype: torch.dtype, backend: str, alone: Any) -> None:
     for arguments in SAMPLES[name](dtype, soft, alone.group_name):
         with FakeTensorMode() as mode:

@@ -87,13 +87,9 @@ def exported(loss: Loss, batch: tuple[Tensor, ...]) -> Run:
 
 # From a loss and a first batch to a function of any other.
 TRACERS: dict[str, Tracer] = {
-    "make_fx of the value, real": traced(by_value, "real"),
     "make_fx of the value, fake": traced(by_value, "fake"),
-    "make_fx of the value, symbolic": traced(by_value, "symbolic"),
     "make_fx of torch.func, real": traced(by_func, "real"),
-    "make_fx of torch.func, fake": traced(by_func, "fake"),
     "make_fx of torch.func, symbolic": traced(by_func, "symbolic"),
-    "make_fx of autograd, real": traced(by_autograd, "real"),
     "make_fx of autograd, fake": traced(by_autograd, "fake"),
     "make_fx of autograd, symbolic": traced(by_autograd, "symbolic"),
     "torch.export": exported,
