@@ -16,6 +16,7 @@ if os.environ.get("XENT_BACKEND") != "triton":  # where it is asked for and miss
     pytest.importorskip("triton")
 
 from compiled import BFLOAT, DOUBLE, EVEN, FLOAT, HALF, KERNELS, ODD, SHARED, TARGETS, Case, instructions, read
+from pairs import pairwise
 
 from xent._backends.triton.plan import TILE, WARPS
 
@@ -105,9 +106,7 @@ def vocabularies(dtype: torch.dtype, odd: bool) -> list[int]:
     return [V * vectors + odd for vectors in (2**k for k in range(10)) if least <= vectors <= TILE]
 
 
-@every_target
-@pytest.mark.parametrize("odd", [False, True], ids=["rows of whole vectors", "odd rows"])
-@pytest.mark.parametrize("dtype", [BFLOAT, FLOAT], ids=str)
+@pairwise(target=TARGETS, dtype=[BFLOAT, FLOAT], odd={"rows of whole vectors": False, "odd rows": True})
 def test_tiles(dtype: torch.dtype, odd: bool, target: str) -> None:
     """From a few classes to many: of every tile, each thread has as many vectors, and rows share no memory."""
     seen, n = set(), per_thread(target)
