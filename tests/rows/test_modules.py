@@ -126,6 +126,13 @@ def test_hooks_run() -> None:
     assert calls == [loss]
 
 
+def test_module_takes_candidates() -> None:
+    x, y = batch()
+    several, q = torch.stack([y, y.flip(0)], 1), torch.rand(len(y), 2)
+    expected = xent.cross_entropy(x, several, target_prob=q)
+    assert torch.equal(xent.CrossEntropyLoss()(x, several, target_prob=q), expected)
+
+
 @pytest.mark.parametrize(
     ("ours", "torchs"),
     [(xent.cross_entropy, F.cross_entropy), (xent.CrossEntropyLoss.__init__, nn.CrossEntropyLoss.__init__)],
