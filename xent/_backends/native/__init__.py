@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,19 @@ from torch import Tensor
 
 from ... import _torch
 from ..._records import LossWeights, Objective, RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
-from .. import advise_huge_pages, check_range, elements_are_apart
+from .. import advise_huge_pages, check_range
+from .checks import (
+    FLOAT64,
+    LOGITS,
+    SOFT,
+    gradient_memory,
+    kind_of,
+    loss_weights,
+    per_row,
+    strided,
+    taken,
+    weight_per_class,
+)
 
 try:
     _native: Any = importlib.import_module("._native", __name__)
@@ -29,10 +40,6 @@ except ImportError as error:
     ) from error
 
 ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"
-FLOAT64 = torch.float64
-LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # the order of `Kernels`
-TARGETS = {torch.int64: 0, torch.int32: 1} | {dtype: 2 + i for dtype, i in LOGITS.items()}  # the order of `Target`
-SOFT = 2  # the first kind of target that is probabilities
 NUMBERS = ("top", "lse", "g_lse", "g_picked", "g_wsum", "g_entropy")
 SLOTS = 1 << 18  # entries of the rows that are sampled in one call
 THREADED = 1 << 16  # logits: fewer are done before other threads have woken up
@@ -40,14 +47,14 @@ THREADED = 1 << 16  # logits: fewer are done before other threads have woken up
 
 def refusal(logits: Tensor, target: Tensor) -> str | None:
     """Why this backend cannot take these tensors."""
-    kind = _kind(logits, target)
+    kind = kind_of(logits, target)
     return kind if isinstance(kind, str) else None
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
     """See `xent._rows.dispatch.row_statistics`."""
-    kind = _taken(logits, target)
-    weight = _class_weight("class_weight", class_weight, logits, compute_dtype(logits))
+    kind = taken(logits, target)
+    weight = weight_per_class("class_weight", class_weight, logits, compute_dtype(logits))
     stats = wanted.unpack(wanted.empty(logits, target), kind >= SOFT)
     bad = _native.statistics(*_read(logits, target, kind, spec, weight), spec.classes, *map(_address, stats))
     if bad:
@@ -66,12 +73,12 @@ def row_gradient(
     out: Tensor | None,
 ) -> Tensor:
     """See `xent._rows.dispatch.row_gradient`."""
-    kind = _taken(logits, target)
-    weight = _class_weight("class_weight", class_weight, logits, compute_dtype(logits))
-    numbers = _per_row(NUMBERS, (top, lse, *upstream), logits)
-    fresh, out = out is None, _gradient_memory(out, logits, target)
+    kind = taken(logits, target)
+    weight = weight_per_class("class_weight", class_weight, logits, compute_dtype(logits))
+    numbers = per_row(NUMBERS, (top, lse, *upstream), logits)
+    fresh, out = out is None, gradient_memory(out, logits, target)
     _native.gradient(
-        *_read(logits, target, kind, spec, weight), *_strided(numbers),
+        *_read(logits, target, kind, spec, weight), *strided(numbers),
         out.data_ptr(), *out.stride(), out.itemsize, fresh,
     )  # fmt: skip
     return out
@@ -81,8 +88,8 @@ def losses(
     logits: Tensor, target: Tensor, weights: LossWeights, normalizer: float | None, spec: RowSpec, formula: Objective
 ) -> tuple[Tensor, float, Tensor]:
     """See `xent._rows.formula.losses`. The numbers: top, lse and, of probabilities, mass."""
-    kind, each, dtype = _taken(logits, target), formula.reduction == "none", formula.dtype
-    held, shape = _loss_weights(weights, logits), logits.shape
+    kind, each, dtype = taken(logits, target), formula.reduction == "none", formula.dtype
+    held, shape = loss_weights(weights, logits), logits.shape
     numbers = torch.empty((2 + (kind >= SOFT), shape[0], shape[1]), dtype=FLOAT64)
     written = dtype if dtype in LOGITS and not each else FLOAT64
     value = torch.empty(shape[:2] if each else (), dtype=written)
@@ -109,15 +116,15 @@ def losses_gradient(
     out: Tensor | None,
 ) -> Tensor:
     """See `xent._rows.formula.losses_gradient`."""
-    kind, held = _taken(logits, target), _loss_weights(weights, logits)
+    kind, held = taken(logits, target), loss_weights(weights, logits)
     shape = logits.shape
     if numbers.shape != (2 + (kind >= SOFT), *shape[:2]) or numbers.dtype is not FLOAT64 or not numbers.is_contiguous():
         raise ValueError(f"numbers: expected what `losses` found, got {numbers.dtype} of shape {tuple(numbers.shape)}")
-    each = _per_row(("g",), (g if g.dim() else None,), logits)
-    fresh, out = out is None, _gradient_memory(out, logits, target)
+    each = per_row(("g",), (g if g.dim() else None,), logits)
+    fresh, out = out is None, gradient_memory(out, logits, target)
     _native.losses_gradient(
         *_read(logits, target, kind, spec, held[0]), *_formula(formula, held, weights), numbers.data_ptr(),
-        *_strided(each), 0.0 if g.dim() else g.item(), divisor, out.data_ptr(), *out.stride(), out.itemsize, fresh,
+        *strided(each), 0.0 if g.dim() else g.item(), divisor, out.data_ptr(), *out.stride(), out.itemsize, fresh,
     )  # fmt: skip
     return out
 
@@ -134,11 +141,11 @@ def row_samples(
     step = max(1, SLOTS // slots)
     for part in (slice(at, at + step) for at in range(0, B, step)):
         x, y = logits[:, part], target[:, part]
-        numbers = _per_row(NUMBERS, (top[:, part], lse[:, part]), x)
+        numbers = per_row(NUMBERS, (top[:, part], lse[:, part]), x)
         classes = torch.empty(x.shape[1] * slots, dtype=torch.int32)
         p, counts = torch.empty(len(classes), dtype=dtype), torch.empty(x.shape[1], dtype=torch.int64)
         _native.samples(
-            *_read(x, y, _taken(x, y), spec, None), *_strided(numbers),
+            *_read(x, y, taken(x, y), spec, None), *strided(numbers),
             uniform[part].data_ptr(), resolution, slots, classes.data_ptr(), p.data_ptr(), counts.data_ptr(),
         )  # fmt: skip
         count = int(counts.sum())
@@ -183,110 +190,6 @@ def _read(logits: Tensor, target: Tensor, kind: int, spec: RowSpec, weight: Tens
 
 def _formula(formula: Objective, held: tuple[Tensor | None, Tensor | None], weights: LossWeights) -> tuple[Any, ...]:
     return formula.label_smoothing, formula.z_loss, float(weights.sum), _address(held[1])
-
-
-def _kind(logits: Tensor, target: Tensor) -> int | str:
-    """Which of the kinds of target this is, or why these tensors cannot be taken."""
-    if not (logits.is_cpu and target.is_cpu):
-        return f"takes CPU tensors, got logits on {logits.device} and target on {target.device}"
-    if logits.layout is not torch.strided or target.layout is not torch.strided:
-        return f"takes strided tensors, got logits {logits.layout} and target {target.layout}"
-    if logits.is_neg() or target.is_neg():
-        return "takes numbers as they lie in memory, got a view that is yet to be negated"
-    dtype = logits.dtype
-    if dtype not in LOGITS:
-        return f"takes float32, bfloat16, float16 and float64 logits, got {dtype}"
-    shape = logits.shape
-    if len(shape) != 3:
-        return f"takes logits of shape (A, B, C), got {tuple(shape)}"
-    kind = TARGETS.get(target.dtype)
-    if kind is None:
-        return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
-    if kind >= SOFT and target.shape != shape:
-        return f"takes probabilities of the shape of the logits {tuple(shape)}, got {tuple(target.shape)}"
-    if kind < SOFT and target.shape != shape[:2]:
-        return f"takes index targets of shape {tuple(shape[:2])}, got {tuple(target.shape)}"
-    return kind
-
-
-def _taken(logits: Tensor, target: Tensor) -> int:
-    """`_kind`, of tensors that can be taken."""
-    kind = _kind(logits, target)
-    if isinstance(kind, str):
-        raise TypeError(kind)
-    return kind
-
-
-def _per_row(names: Sequence[str], numbers: Sequence[Tensor | None], logits: Tensor) -> list[Tensor | None]:
-    """Each (A, B), all side by side, or one number for all."""
-    shape, found = logits.shape[:2], []
-    for name, x in zip(names, numbers, strict=False):
-        if x is not None:
-            if x.shape != shape or not x.is_cpu:
-                raise ValueError(
-                    f"{name}: expected a CPU tensor of shape {tuple(shape)}, got {tuple(x.shape)} on {x.device}"
-                )
-            if x.dtype is not FLOAT64 or x.is_neg():
-                x = x.resolve_neg().to(FLOAT64)
-            if not (x.is_contiguous() or x.stride() == (0, 0)):
-                x = x.contiguous()
-        found.append(x)
-    return found
-
-
-def _strided(numbers: list[Tensor | None]) -> list[int]:
-    """Addresses, each with whether it is one number for all rows."""
-    return [part for x in numbers for part in ((0, 0) if x is None else (x.data_ptr(), x.stride() == (0, 0)))]
-
-
-def _class_weight(name: str, weight: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if weight is None:
-        return None
-    if weight.shape != logits.shape[2:] or not weight.is_cpu:
-        raise ValueError(
-            f"{name}: expected a CPU tensor of shape ({logits.shape[2]},), got {tuple(weight.shape)} on {weight.device}"
-        )
-    return weight.resolve_neg().to(dtype).contiguous()
-
-
-def _loss_weights(weights: LossWeights, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        _class_weight("class_weight", weights.of_classes, logits, compute_dtype(logits)),
-        _class_weight("row_weight", weights.of_targets, logits, FLOAT64),
-    )
-
-
-def _gradient_memory(out: Tensor | None, logits: Tensor, target: Tensor) -> Tensor:
-    if out is None:
-        return torch.empty_like(logits)
-    _check_out(out, logits, target)
-    return out
-
-
-def _check_out(out: Tensor, logits: Tensor, target: Tensor) -> None:
-    """The result may lie exactly over the logits, but over nothing else that is read, and not over itself."""
-    if out.dtype is not logits.dtype or out.shape != logits.shape or not out.is_cpu or out.is_neg():
-        raise ValueError(
-            f"out: expected a {logits.dtype} CPU tensor of shape {tuple(logits.shape)}, "
-            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
-        )
-    if not elements_are_apart(out):
-        raise ValueError(f"out: expected elements that lie apart from each other, got strides {out.stride()}")
-    same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
-    if (not same and _overlap(out, logits)) or (target.is_floating_point() and _overlap(out, target)):
-        raise ValueError("out: expected the logits themselves, or memory of its own")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the spans of memory from the first to the last element meet."""
-    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
-    return a_begin < b_end and b_begin < a_end
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    begin = x.data_ptr()
-    return begin, begin + (last + 1) * x.itemsize
 
 
 def _use_torch_openmp() -> None:

@@ -1,9 +1,10 @@
 // The module xent._backends.native._native: the two primitives for CPU tensors, called with addresses and numbers.
 //
-// It knows nothing of torch, so that one binary serves every release of it and of Python; native.py checks the tensors
-// and hands over their addresses. Files: math.h one number, call.h one row's results, rows.h the
-// passes over rows, loops.h their inner loops, threads.h who does what, memory.h how memory is
-// asked for; and here the instruction sets and the Python functions.
+// It knows nothing of torch, so that one binary serves every release of it and of Python; __init__.py checks the tensors
+// and hands over their addresses. Files: math.h one number, call.h one call, rows.h the passes over rows, loops.h their
+// inner loops, lanes.h and blocks.h the same for many rows at once, numbers.h what a row takes besides its logits,
+// threads.h who does what, memory.h how memory is asked for, samples.h, sparse.h and entries.h the sparse gradient;
+// and here the instruction sets and the Python functions.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -78,14 +79,6 @@ int available(const Kernels** sets) {
 
 const Kernels* kernels;  // in use
 
-const SparseKernels& sparse_kernels() {
-#if defined(__GNUC__) && defined(__x86_64__)
-    if (kernels == &avx512::KERNELS) return avx512::SPARSE;
-    if (kernels == &avx2::KERNELS) return avx2::SPARSE;
-#endif
-    return baseline::SPARSE;
-}
-
 // ------------------------------------------------------------------------------------------------- the primitives
 
 void statistics(Call& c, int64_t dtype, unsigned threads) {
@@ -128,6 +121,8 @@ void prepare_out(Call& c, int64_t bytes, bool fresh) {
 // ------------------------------------------------------------------------------------------------- Python
 
 constexpr int64_t TINY = 4096;  // logits: below, another thread does not wait long enough to be worth a handover
+
+#include "entries.h"
 
 PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 27)) return nullptr;
@@ -223,62 +218,6 @@ PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count)
     if (!c.formula.g.data) c.formula.g = {&g, true};
     c.formula.divisor = a.real();
     return gradient(c, dtype, threads, a);
-}
-
-PyObject* py_samples(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 29)) return nullptr;
-    Arguments a{args};
-    SampleCall c{};
-    static_cast<Call&>(c) = read_call(a);
-    const int64_t dtype = a.integer(), threads = a.integer();
-    c.top_in = a.per_row(), c.lse_in = a.per_row();
-    c.uniform = a.address<double>(), c.resolution = a.real(), c.slots = a.integer();
-    c.classes = a.address<int32_t>(), c.kept = a.address<void>(), c.counts = a.address<int64_t>();
-    if (unreadable(c, {c.top_in.data, c.lse_in.data, c.uniform, c.classes, c.kept, c.counts})) return nullptr;
-    PyThreadState* state = PyEval_SaveThread();
-    c.rows_per_task = 1, c.parts = 1, c.classes_per_task = c.C;
-    run(sparse_kernels().samples[dtype], c, unsigned(threads));
-    pack(c, dtype == 3 ? 8 : 4);
-    PyEval_RestoreThread(state);
-    Py_RETURN_NONE;
-}
-
-// (N, C, float64?, addresses: ends, classes, coefficient, and of the results: ends, rows, coefficient)
-PyObject* py_transpose(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 9)) return nullptr;
-    Arguments a{args};
-    const int64_t N = a.integer(), C = a.integer(), doubles = a.integer();
-    const int64_t* ends = a.address<int64_t>();
-    const int32_t* classes = a.address<int32_t>();
-    const void* coefficient = a.address<void>();
-    int64_t* class_ends = a.address<int64_t>();
-    int32_t* rows = a.address<int32_t>();
-    void* moved = a.address<void>();
-    if (PyErr_Occurred()) return nullptr;
-    PyThreadState* state = PyEval_SaveThread();
-    const auto as = [&](auto F) {
-        using Number = decltype(F);
-        transpose(N, C, ends, classes, static_cast<const Number*>(coefficient), class_ends, rows, static_cast<Number*>(moved));
-    };
-    doubles ? as(double()) : as(float());
-    PyEval_RestoreThread(state);
-    Py_RETURN_NONE;
-}
-
-PyObject* py_gather_sums(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 12)) return nullptr;
-    Arguments a{args};
-    SumsCall c{};
-    c.N = a.integer(), c.E = a.integer(), c.D = a.integer();
-    c.ends = a.address<int64_t>(), c.index = a.address<int32_t>(), c.coefficient = a.address<void>();
-    c.rows = a.address<void>(), c.stride = a.integer(), c.sums = a.address<void>(), c.out_kind = a.integer();
-    const int64_t dtype = a.integer(), threads = a.integer();
-    if (PyErr_Occurred()) return nullptr;
-    PyThreadState* state = PyEval_SaveThread();
-    c.rows_per_task = c.N / 1024 + 1, c.parts = 1, c.classes_per_task = 0;
-    run(sparse_kernels().gather_sums[dtype], c, unsigned(threads));
-    PyEval_RestoreThread(state);
-    Py_RETURN_NONE;
 }
 
 // (address of the entry point, whether it is kmpc's)
