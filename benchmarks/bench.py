@@ -6,10 +6,12 @@
 
 First each contender is checked against float64 (loss, and gradient row by row); then forward + backward are timed,
 interleaved, on the same values. The columns: the median time; that time over the time of F.cross_entropy (--linear:
-of three bare products); the bytes that any loss must move, over the time (cases.py has the count); the peak memory
-beyond the logits, in units of the logits, the gradient being 1 of it (--linear: MiB beyond the gradients); the largest
-relative error, of the loss or of a row of the gradient. On a GPU also the share of what a warm copy of the logits
-moves; the clock is the device's, and its L2 is cold. --small shows what a call costs: xent's time over torch's.
+of three bare products; --sparse: of one); the bytes that any loss must move, over the time (cases.py has the count);
+the peak memory beyond the logits, in units of the logits, the gradient being 1 of it (--linear: MiB beyond the
+gradients); the largest relative error, of the loss or of a row of the gradient. On a GPU also the share of what a warm
+copy of the logits moves; the clock is the device's, and its L2 is cold. --small shows what a call costs: xent's time
+over torch's.
+--sparse is a head with a sparse gradient, in units of one bare product; of a trained head, too (see resolution.py).
 --map shows where xent is faster and where slower: rows by classes, and images, torch's time over xent's; of large ones
 fewer rounds, so that all of it takes minutes.
 
@@ -31,7 +33,7 @@ from typing import NamedTuple
 import common
 import grid
 import torch
-from cases import CASES, CUDA_CASES, HEAD, QUICK, QUICK_HEAD, Case, Linear, Small
+from cases import CASES, CUDA_CASES, HEAD, QUICK, QUICK_HEAD, SPARSE_HEADS, Case, Linear, Small, Sparse
 from common import Row, chart, machine, natural, picture, refusal, save, show
 from contenders import COPY, OPTIONS, Unavailable, forced, gradients, missing
 from grid import CELLS, Cell
@@ -42,6 +44,7 @@ from torch import Tensor
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 6e-2}
 SMALL = 2**20  # bytes of input below which one timing runs over several copies of it
 MOST_COPIES = 64
+LONG = 0.5  # seconds
 FLUSH = 512 * 2**20  # bytes that push everything else out of the L2 cache of any GPU
 
 
@@ -89,16 +92,20 @@ def interleaved(runs: Sequence[Run], input: Tensor, rounds: int) -> dict[str, fl
         for copy in copies:
             copy.copy_(input)
 
+    def timed(step: Callable[[Tensor], object]) -> float:
+        refill()
+        return seconds(lambda: all_copies(step), flush)
+
     times: dict[str, list[float]] = {run.name: [] for run in runs}
     for first in range(rounds):
         for turn in range(len(runs)):
             run = runs[(first + turn) % len(runs)]  # nobody is always the first
             with forced(run.backend):
-                for _ in range(2):  # warm up
-                    refill()
-                    all_copies(run.step)
-                refill()
-                times[run.name].append(seconds(lambda step=run.step: all_copies(step), flush) / count)  # type: ignore[misc]
+                found = timed(run.step)
+                if found < LONG:  # twice to warm up: what takes seconds was warm from its check
+                    timed(run.step)
+                    found = timed(run.step)
+                times[run.name].append(found / count)
     return {name: median(some) for name, some in times.items()}
 
 
@@ -106,12 +113,6 @@ def relative(found: Tensor, truth: Tensor) -> Tensor:
     """The largest error of a row, over its norm; where nothing was due (an ignored row), anything else is infinite."""
     error = (found - truth).norm(dim=1)
     return torch.where(error == 0, 0, error / truth.norm(dim=1)).max().cpu()  # NaN stays NaN
-
-
-def exact(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What is right, in float64."""
-    doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
-    return case.parts(gradients(case.truth(), *doubles), doubles)
 
 
 def admit(row: Row, case: Case, inputs: Sequence[Tensor], truth: Sequence[Tensor]) -> Run | None:
@@ -122,10 +123,11 @@ def admit(row: Row, case: Case, inputs: Sequence[Tensor], truth: Sequence[Tensor
             raise Unavailable(reason)
         loss = contender.make()
         if contender.limit:
+            loss(*inputs)  # warm, as the others are after their check
             return Run(name, lambda x: loss(x, *rest))
         with forced(contender.backend):  # on a copy, which the contender may overwrite
             found = gradients(loss, inputs[0].detach().clone().requires_grad_(), *rest)
-        pairs = list(zip(case.parts(found, inputs), truth, strict=True))[: 1 if contender.sparse else None]
+        pairs = zip(case.parts(found, inputs), truth, strict=True)
         row.error = torch.stack([relative(*pair) for pair in pairs]).max().item()
     except Unavailable as reason:
         row.status, row.note = "unavailable", str(reason)
@@ -151,7 +153,7 @@ def memory(row: Row, case: Case) -> None:
 def measure(case: Case, dtype: str, options: argparse.Namespace) -> Iterator[Row]:
     """All contenders on one case: a row for each contender and number of threads, checked, then timed."""
     inputs = case.inputs(dtype, options.device)
-    truth = exact(case, inputs)
+    truth = case.exact(inputs)
     peaks: dict[str, list[float]] = {}
     for count in options.threads:
         torch.set_num_threads(count)
@@ -184,6 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = " ".join(map(str, CASES))
     add("--case", nargs="+", type=Case.parse, metavar="SHAPE[:IGNORED]", help=f"classes last; default: {names}")
     add("--linear", nargs="*", type=Linear.parse, metavar="NxDxC", help=f"a head and its loss; default: {HEAD}")
+    add("--sparse", nargs="*", type=Sparse.parse, metavar="NxDxC[@SD]", help="a head's sparse gradient; or a .pt file")
     add("--small", nargs="*", type=Small.parse, metavar="NxC", help="what a call costs, by option; default: 32x27")
     add("--map", nargs="*", type=Cell.parse, metavar="NxC[xHxW]", help="rows by classes, and images; alone")
     add("--dtype", nargs="+", choices=list(TOLERANCE), help="default: float32 bfloat16")
@@ -194,17 +197,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--png", type=picture, metavar="FILE", help="save a chart, as PNG or SVG")
     options = parser.parse_args(argv)
     usual = QUICK if options.quick else CUDA_CASES if options.device == "cuda" else CASES
-    if options.map is not None and (options.case or options.linear is not None or options.small is not None):
+    others = [cases for cases in (options.linear, options.sparse, options.small) if cases is not None]
+    if options.map is not None and (options.case or others):
         parser.error("--map: expected alone, got another table beside it")
-    only = any(cases is not None for cases in (options.linear, options.small, options.map))
+    only = bool(others) or options.map is not None
     options.case = options.case or ([] if only else usual)
     if options.linear == []:
         options.linear = [QUICK_HEAD if options.quick else HEAD]
+    if options.sparse == []:
+        options.sparse = SPARSE_HEADS
     if options.small == []:
         options.small = [Small((32, 27))]
     if options.map == []:
         options.map = CELLS
-    options.groups = [[case] for case in options.case + (options.linear or [])]
+    options.groups = [[case] for case in options.case + (options.linear or []) + (options.sparse or [])]
     options.groups += [[Small(case.shape, case.ignored, option) for option in OPTIONS] for case in options.small or []]
     options.groups += [options.map] * bool(options.map)
     options.dtype = options.dtype or (["float32"] if options.quick or options.map else ["float32", "bfloat16"])

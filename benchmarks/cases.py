@@ -8,6 +8,7 @@
 - `Linear`: a head and its loss together, from hidden states (N, D) and a weight (C, D), with the gradients of both.
   The limit is three bare matrix products, which any implementation that keeps the logits' gradient out of memory has
   to do (`reduction="none"` four).
+- `Sparse`: a head with a sparse gradient. The limit is one bare product.
 - `Small`: a few rows, where the call itself is what takes the time, once for each of OPTIONS.
 """
 
@@ -20,7 +21,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from contenders import HEADS, IGNORE, LOGITS, OPTIONS, Contender, Loss, flat, forced, gradients, plain
+from contenders import HEADS, IGNORE, LOGITS, OPTIONS, SPARSE, Contender, Loss, flat, forced, gradients, plain
 from memory import SMALLEST, WARM, growth, in_fresh_process
 from torch import Tensor
 from torch.nn import functional as F
@@ -86,6 +87,11 @@ class Case:
         loss, grad = (t.detach().double() for t in found)
         g, at = grad.flatten(0, -2), inputs[-1].flatten().clamp(min=0)[:, None]
         return [loss.reshape(-1, 1), g.gather(1, at), g.scatter(1, at, 0)]
+
+    def exact(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What is right, in float64."""
+        doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+        return self.parts(gradients(self.truth(), *doubles), doubles)
 
     def bytes_moved(self, limit: bool, inputs: Sequence[Tensor]) -> float | None:
         """What any loss, or this limit, must move: the count at the top of this file."""
@@ -180,6 +186,62 @@ class Linear(Case):
 
 
 @dataclass(frozen=True)
+class Sparse(Linear):
+    """The same with a sparse gradient, in units of one bare product. Or a trained head, by its file's name.
+
+    `resolution.py --head` saves it. Its features are filled up with zeros: the logits stay what they are, and the
+    product is as large as that of a usual head.
+    """
+
+    file: str = ""
+
+    section = "sparse"
+
+    def contenders(self) -> dict[str, Contender]:
+        """By name, the one product first."""
+        return SPARSE
+
+    @classmethod
+    def parse(cls, text: str) -> Sparse:
+        """Raises ValueError, as argparse expects it."""
+        if not text.endswith(".pt"):
+            return super().parse(text)  # type: ignore[return-value]
+        try:
+            saved = torch.load(text)
+        except OSError as error:
+            raise ValueError(text) from error
+        return cls((len(saved["hidden"]), FEATURES, len(saved["weight"])), file=text)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        return self.file or super().__str__()
+
+    def inputs(self, dtype: str, device: str) -> list[Tensor]:
+        """Hidden states, weight and targets: drawn, or from the file."""
+        if not self.file:
+            return super().inputs(dtype, device)
+        h, W, y = torch.load(self.file, map_location=device).values()
+        h, W = (F.pad(x, (0, FEATURES - x.shape[1])).to(getattr(torch, dtype)) for x in (h, W))
+        return [h.requires_grad_(), W.requires_grad_(), y]
+
+    @torch.no_grad()
+    def exact(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The loss alone, some rows at a time: a gradient that is right on average is a matter of the tests."""
+        h, W, y = inputs
+        W, rows = W.double(), zip(torch.split(h, 256), torch.split(y, 256), strict=True)
+        losses = [F.cross_entropy(F.linear(some.double(), W), target, reduction="none") for some, target in rows]
+        return [torch.cat(losses).mean().reshape(1, 1)]
+
+    def parts(self, found: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The loss."""
+        return super().parts(found, inputs)[:1]
+
+    def peak(self, *_: object) -> list[float]:
+        """A test measures it."""
+        return []
+
+
+@dataclass(frozen=True)
 class Small(Case):
     """A few rows, where the call itself is what takes the time, with one of OPTIONS. Written 32x27."""
 
@@ -235,4 +297,6 @@ CUDA_CASES = [
     Case((16, 128256)),  # few rows: each is shared by many programs
 ]
 QUICK = list(map(Case.parse, ["8x3x27", "2x128x50257"]))
-HEAD, QUICK_HEAD = Linear((2048, 768, 50257)), Linear((512, 64, 5000))
+FEATURES = 768
+HEAD, QUICK_HEAD = Linear((2048, FEATURES, 50257)), Linear((512, 64, 5000))
+SPARSE_HEADS = list(map(Sparse.parse, ["2048x768x50257", "2048x768x50257@4", "2048x768x256000@4"]))

@@ -104,6 +104,7 @@ def figure_style() -> Any:
 MEMORY = {
     "loss": ["memory"],
     "linear": ["MiB", "MiB, 8 N"],
+    "sparse": [],
     "small": [],
     "map": [],
 }  # names in `Row.memory`

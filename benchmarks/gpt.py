@@ -1,12 +1,16 @@
-"""The model and the text of train.py: a small GPT over characters, in plain PyTorch."""
+"""The model and the text of train.py and resolution.py: a small GPT, in plain PyTorch, over characters or tokens."""
 
 from __future__ import annotations
 
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+OTHERS = {"site-packages", "dist-packages", "test", "tests", "idlelib"}  # no part of the library
 
 
 class Block(nn.Module):
@@ -30,7 +34,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Characters (B, T) in; logits of the next character (B, T, symbols) out, the head's weight its own."""
+    """Symbols (B, T) in; logits of the next one (B, T, symbols) out, the head's weight its own."""
 
     def __init__(self, symbols: int, context: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -55,31 +59,64 @@ class GPT(nn.Module):
 class Text:
     """A text as numbers: the first 90 % to train on, the rest to validate with."""
 
+    default, unit = "pydoc_data.topics", "character"
+
     def __init__(self, path: Path | None, context: int) -> None:
         """Raises ValueError with one line to show for a file that cannot be read or is too short."""
-        self.name = str(path) if path else "pydoc_data.topics"
-        text = _read(path) if path else _documentation()
-        self.symbols = sorted(set(text))
-        index = {symbol: i for i, symbol in enumerate(self.symbols)}
-        data = torch.tensor([index[symbol] for symbol in text])
+        self.name = str(path) if path else self.default
+        self.symbols, numbers = self.encode([_read(path)] if path else self.texts())
+        data = torch.tensor(numbers)
         cut = len(data) * 9 // 10
         self.train, self.validation = data[:cut], data[cut:]
         self.length, self.context = len(data), context
         if len(self.validation) < context + 2:  # the context, the character after it, and one more place to begin
-            raise ValueError(f"{self.name}: {len(data)} characters, expected at least {10 * (context + 1) + 1}")
+            raise ValueError(f"{self.name}: {len(data)} {self.unit}s, expected at least {10 * (context + 1) + 1}")
+
+    def texts(self) -> Sequence[str]:
+        """What every Python brings along: the language reference that help() reads from."""
+        from pydoc_data.topics import topics
+
+        return ["\n".join(topics[name] for name in sorted(topics))]
+
+    def encode(self, texts: Sequence[str]) -> tuple[list[str], list[int]]:
+        """The symbols, and the texts one after the other as their numbers."""
+        text = "".join(texts)
+        symbols = sorted(set(text))
+        index = {symbol: i for i, symbol in enumerate(symbols)}
+        return symbols, [index[symbol] for symbol in text]
 
     def batch(self, part: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Characters (rows, context) from random places of one part, and the characters that follow each."""
+        """Symbols (rows, context) from random places of one part, and the symbols that follow each."""
         at = torch.randint(len(part) - self.context, (rows, 1), generator=generator)
         window = part[at + torch.arange(self.context + 1)]
         return window[:, :-1], window[:, 1:]
 
 
-def _documentation() -> str:
-    """What every Python brings along: the language reference that help() reads from."""
-    from pydoc_data.topics import topics
+class Tokens(Text):
+    """The same in tokens: pairs of bytes, as GPT-2's, of a vocabulary that is trained on the text."""
 
-    return "\n".join(topics[name] for name in sorted(topics))
+    default, unit = "Python's standard library", "token"
+
+    def __init__(self, path: Path | None, context: int, vocabulary: int) -> None:
+        """The vocabulary is as large as that, or as the text has pairs for."""
+        self.vocabulary = vocabulary
+        super().__init__(path, context)
+
+    def texts(self) -> Sequence[str]:
+        """The source of all modules, in an order that mixes packages: the last tenth is not of one kind."""
+        library = Path(sysconfig.get_path("stdlib"))
+        files = [file for file in library.rglob("*.py") if not OTHERS & set(file.relative_to(library).parts)]
+        files.sort(key=lambda file: (file.name, str(file)))
+        return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+    def encode(self, texts: Sequence[str]) -> tuple[list[str], list[int]]:
+        """The vocabulary, and the texts as numbers of tokens."""
+        from tokenizers import ByteLevelBPETokenizer  # it comes with Transformers
+
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(texts, self.vocabulary, min_frequency=2, show_progress=False)
+        symbols = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+        return symbols, [i for encoding in tokenizer.encode_batch(list(texts)) for i in encoding.ids]
 
 
 def _read(path: Path) -> str:

@@ -58,13 +58,15 @@ def torchs(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def fused(model: GPT, tokens: Tensor, target: Tensor) -> Tensor:
+def fused(model: GPT, tokens: Tensor, target: Tensor, resolution: float | None = None) -> Tensor:
     """From the hidden states, without the logits; under autocast the products are in half precision."""
-    return xent.linear_cross_entropy(model.trunk(tokens), model.head.weight, target)
+    return xent.linear_cross_entropy(model.trunk(tokens), model.head.weight, target, grad_resolution=resolution)
 
 
 class Learner:
     """A model, its optimizer and its loss function (None: `fused`), with the record of its steps."""
+
+    resolution: float | None = None  # of `fused`
 
     def __init__(self, name: str, loss: Loss | None, symbols: int, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)  # every learner begins from the same weights
@@ -84,7 +86,7 @@ class Learner:
         tokens, target = tokens.to(self.device), target.to(self.device)
         with self.autocast:
             if self.loss is None:
-                return fused(self.model, tokens, target)
+                return fused(self.model, tokens, target, self.resolution)
             logits = self.model(tokens)
         return self.loss(logits, target)
 
@@ -203,6 +205,12 @@ def plot(path: Path, learners: Sequence[Learner], title: str) -> None:
     plt.close(figure)
 
 
+def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, int]) -> None:
+    """An option for each."""
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=natural, default=default, help=f"default: {default}")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, completed and checked."""
     parser = common.parser(__doc__)
@@ -217,8 +225,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=natural, default=torch.get_num_threads(), help="default: torch's own choice")
     add("--steps", type=natural, help="default: 1000")
     sizes = {"batch": 16, "context": 128, "width": 128, "layers": 4, "heads": 4}
-    for name, default in sizes.items():
-        add(f"--{name}", type=natural, default=default, help=f"default: {default}")
+    add_sizes(parser, sizes)
     add("--lr", type=float, default=1e-3, help="of AdamW, after 20 steps of warm-up; default: 0.001")
     add("--seed", type=int, default=0, help="of weights and batches; default: 0")
     options = parser.parse_args(argv)

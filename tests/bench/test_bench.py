@@ -34,7 +34,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(bench, "MOST_COPIES", 2)
-    for module in ("LOGITS", "HEADS"):
+    for module in ("LOGITS", "HEADS", "SPARSE"):
         some = {name: c for name, c in getattr(contenders, module).items() if "compile" not in name}
         monkeypatch.setattr(cases, module, some)
     yield
@@ -53,10 +53,18 @@ def beside_torch(monkeypatch: pytest.MonkeyPatch, **others: Contender) -> None:
     monkeypatch.setattr(cases, "LOGITS", {F_NAME: contenders.LOGITS[F_NAME], **named})
 
 
+def trained(folder: Path) -> Path:
+    """A file as of resolution.py, of 5 features."""
+    found = {"hidden": torch.randn(40, 5), "weight": torch.randn(30, 5), "target": torch.randint(30, (40,))}
+    torch.save(found, folder / "head.pt")
+    return folder / "head.pt"
+
+
 def test_everyone_is_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All sections, the two numbers of threads, and the picture of it."""
     chart = tmp_path / "chart.png"
     shapes = ["--case", "3x5x7", "--linear", "64x16x50", "--small", "--dtype", "float32", "bfloat16"]
+    shapes += ["--sparse", "64x16x50@4", str(trained(tmp_path))]
     code, rows = run(tmp_path, *shapes, "--no-memory", "--threads", "1", "2", "--rounds", "1", "--png", str(chart))
     printed = capsys.readouterr().out
     assert code == 0
@@ -64,8 +72,9 @@ def test_everyone_is_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFix
     rows = [row for row in rows if row["status"] == "ok"]
     expected = {"loss": ["xent eager", "xent eager, in place", *LIMITS[:2]], "small": ["xent"], "linear": ["xent"]}
     expected["linear"] += ["xent, reduction none", "F.linear + F.cross_entropy", "F.linear_cross_entropy, 512 rows"]
+    expected["sparse"] = ["xent, exact gradient", "xent, 1/256", "xent, 1/1024, token stats"]
     for section, names in expected.items():
-        base = LIMITS[2] if section == "linear" else F_NAME
+        base = {"linear": LIMITS[2], "sparse": LIMITS[3]}.get(section, F_NAME)
         for setting in product(("float32", "bfloat16"), (1, 2)):
             mine = [row for row in rows if (row["section"], row["dtype"], row["threads"]) == (section, *setting)]
             assert {base, *names} <= {row["contender"] for row in mine}
@@ -182,7 +191,7 @@ def test_ctrl_c_saves_what_was_measured(
     "bad",
     [f"--case {text}" for text in ("8", "0x3", "3x1", "3x4:1", "3x4:-0.1", "axb")]
     + [f"--linear {text}" for text in ("3x4", "1x2x3", "2x3xa", "4x4x4x4")]
-    + ["--small 3x4x5"],
+    + ["--sparse 3x4", "--sparse missing.pt", "--small 3x4x5"],
 )
 def test_bad_cases(bad: str, capsys: pytest.CaptureFixture[str]) -> None:
     option, text = bad.split()
@@ -193,8 +202,26 @@ def test_bad_cases(bad: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_cases_can_be_asked_for() -> None:
-    for case in [*cases.CASES, *cases.CUDA_CASES, *cases.QUICK, cases.HEAD]:
+    for case in [*cases.CASES, *cases.CUDA_CASES, *cases.QUICK, cases.HEAD, *cases.SPARSE_HEADS]:
         assert type(case).parse(str(case)) == case
+
+
+def test_a_trained_head_as_a_case(tmp_path: Path) -> None:
+    """Filled up with zeros: the logits are what they were."""
+    file = trained(tmp_path)
+    case = cases.Sparse.parse(str(file))
+    assert case.shape == (40, cases.FEATURES, 30)
+    assert cases.Sparse.parse(str(case)) == case
+    h, W, y = case.inputs("float32", "cpu")
+    saved = torch.load(file)
+    torch.testing.assert_close(F.linear(h, W), F.linear(saved["hidden"], saved["weight"]))
+    assert torch.equal(y, saved["target"])
+    truth = F.cross_entropy(F.linear(h.double(), W.double()), y)
+    torch.testing.assert_close(case.exact([h, W, y])[0].squeeze(), truth)
+    wrong = Contender(lambda: lambda h, W, y: cases.plain(h, W, y) * 1.001)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "SPARSE", {"xent": wrong})
+        assert [row["status"] for row in run(tmp_path, "--sparse", str(file))[1]] == ["wrong"]
 
 
 def test_the_bytes_are_counted_as_written() -> None:
