@@ -143,12 +143,13 @@ class HeadRows(NamedTuple):
     weight: Tensor  #               (C, D), the head
     bias: Tensor | None  #          (C,)
     target: Tensor  #               (N,), (N, K) or (N, C)
+    prob: Tensor | None  #          (N, K), what each of K classes counts in a loss
     class_weight: Tensor | None  #  (C,)
 
     @property
     def sources(self) -> tuple[Tensor | None, ...]:
         """Those that may be differentiated."""
-        return self[:4]
+        return self[:5]
 
     @classmethod
     def split(cls, flat: Sequence[Any]) -> tuple[HeadRows, Any]:

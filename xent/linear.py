@@ -10,9 +10,9 @@ from torch.distributed import ProcessGroup
 from ._head.blocks import HeadOptions
 from ._head.sparse import draw_seed, head_loss, head_stats
 from ._inputs import options
-from ._inputs.head import check_max_bytes, to_linear_rows
+from ._inputs.head import check_dense_gradient, check_max_bytes, to_linear_rows
 from ._inputs.options import overridable
-from ._inputs.rows import result_dtype
+from ._inputs.rows import holds_candidates, result_dtype
 from ._ranks.dtensor import distributed, on_head
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.head import rank_head_stats
@@ -41,6 +41,7 @@ def linear_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     shift: bool = False,
     max_bytes: int | None = None,
+    target_prob: Float[Tensor, "..."] | None = None,
     group: ProcessGroup | None = None,
     grad_resolution: float | None = None,
     generator: torch.Generator | None = None,
@@ -75,8 +76,9 @@ def linear_cross_entropy(
         input: hidden states `(..., D)`, of any floating dtype.
         linear_weight: `(C, D)`, of input's dtype (under autocast any). Or `(C, d1, ..., D)`, a head for each index of
             the further dimensions, for input `(N, D)`.
-        target: class indices `(...)` in `[0, C)`; or probabilities `(..., C)`, which may require grad. With
-            further dimensions `(N, d1, ...)` or `(N, C, d1, ...)`.
+        target: class indices `(...)` in `[0, C)`; or probabilities `(..., C)`, which may require grad; or, with
+            `target_prob`, K indices `(..., K)`. With further dimensions `(N, d1, ...)`, `(N, C, d1, ...)` or
+            `(N, K, d1, ...)`.
         linear_bias: `(C)` or `(C, d1, ...)`, added to the logits; -inf masks a class.
         weight: `(C,)`, a weight for each class.
         reduction: "mean", "sum" or "none".
@@ -85,12 +87,15 @@ def linear_cross_entropy(
         loss_dtype: dtype of the result. None is `input`'s (float32 under autocast).
         shift: predict the next position: `input[..., :-1, :]` against `target[..., 1:]`, without a copy of either.
         max_bytes: what the logits of one block may take; at least one row is taken. None is 72 MiB.
+        target_prob: the probabilities of K indices per position, of the target's shape: see
+            :func:`xent.cross_entropy`. They may require grad.
         group: the ranks over which the classes are spread, as in :func:`xent.cross_entropy`: `linear_weight` and
             `linear_bias` hold some of them on each rank, `input` is the same on all. Forward is one all-gather of a few
             numbers per position; backward is one all-reduce, of the hidden states' gradient, and computes each block's
             logits again (not with `grad_resolution`).
         grad_resolution: r in (0, 1), see above: 1/1024, or 1/256 where that saves time. None is the exact gradient.
-            Not for `label_smoothing` beside `softcap`, whose gradient is neither sparse nor of rank one.
+            Not for `label_smoothing` beside `softcap`, whose gradient is neither sparse nor of rank one, and not beside
+            `target_prob`.
         generator: where the one seed of a call comes from; None is the device's default generator, as for dropout. The
             same seed gives the same gradient, whatever the number of threads or `max_bytes`.
 
@@ -135,7 +140,9 @@ def linear_cross_entropy(
         )
         options.check_grad_resolution(grad_resolution, softcap, label_smoothing, generator)
         budget = check_max_bytes(max_bytes)
-        rows = to_linear_rows(input, linear_weight, target, linear_bias, weight, shift, ignore)
+        several = target_prob is not None
+        rows = to_linear_rows(input, linear_weight, target, linear_bias, weight, shift, ignore, several, target_prob)
+        check_dense_gradient(grad_resolution, several)
         options.check_weight(weight, len(linear_weight), input, False, sharded=group is not None)
         options.check_normalizer_device(normalizer, input)
         if group is not None and linear_weight.dim() > 2:
@@ -148,21 +155,24 @@ def linear_cross_entropy(
     if group is not None or reduction == "none":
         losses = []
         for head, seed in zip(rows.heads, seeds, strict=True):
+            q, head = head.prob, head._replace(prob=None)
             if group is None:
                 stats = head_stats(head, seed, settings)
                 terms = objective.class_terms(head.target[None], weight, len(head.weight), formula)
             else:
                 stats, terms = rank_head_stats(head, seed, settings, group)
+            if q is not None:
+                stats, terms = objective.of_candidates(stats, terms, head.target[None], q[None], ignore)
             losses.append(objective.row_losses(stats, terms, formula)[0])
         found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
         if reduction == "none":
             return rows.shaped(found.to(formula.dtype))
-        return objective.reduce(found, objective.divisor(targets, terms.row_weight, normalizer, formula), formula)
+        return objective.reduce(found, objective.divisor(targets[None], terms.row_weight, normalizer, formula), formula)
 
     row_weight = None
-    if weight is not None and not targets.is_floating_point():
+    if weight is not None and targets.dim() == 1:
         row_weight = objective.row_weights(targets, weight, ignore)
-    divisor = objective.divisor(targets, row_weight, normalizer, formula)
+    divisor = objective.divisor(targets[None], row_weight, normalizer, formula)
     device, dtype = input.device, statistics_dtype(input.device)
     if isinstance(divisor, Tensor):  # perhaps one number on the CPU
         divisor = divisor.to(device, dtype, non_blocking=True)
@@ -246,15 +256,16 @@ def linear_token_stats(
         options.check_transform(logit_scale, softcap)
         options.check_grad_resolution(grad_resolution, softcap, generator=generator)
         budget = check_max_bytes(max_bytes)
-        rows = to_linear_rows(input, linear_weight, target, linear_bias, None, shift, ignore_index, candidates=True)
+        one_head = isinstance(linear_weight, Tensor) and linear_weight.dim() <= 2
+        several = one_head and holds_candidates(input, target)
+        rows = to_linear_rows(input, linear_weight, target, linear_bias, None, shift, ignore_index, several)
         head, *others = rows.heads
         y = head.target
         if others or linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
         if y.is_floating_point():
             raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
-        if y.dim() > 1 and grad_resolution is not None:
-            raise ValueError(f"grad_resolution: expected None for K classes per position, got {grad_resolution}")
+        check_dense_gradient(grad_resolution, several)
     spec = RowSpec(ignore_index, logit_scale, softcap)
     settings = HeadOptions(
         spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction, resolution=grad_resolution

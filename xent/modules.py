@@ -24,7 +24,7 @@ def _options(function: Callable[..., Tensor], *others: str) -> tuple[str, ...]:
 
 
 OPTIONS = _options(cross_entropy, "target_prob")
-LINEAR_OPTIONS = _options(linear_cross_entropy, "weight", "linear_bias", "generator")
+LINEAR_OPTIONS = _options(linear_cross_entropy, "weight", "linear_bias", "generator", "target_prob")
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -113,8 +113,8 @@ class LinearCrossEntropyLoss(nn.Module):
             random is drawn from the device's default generator.
 
     Shapes:
-        input `(..., D)`; target `(...)`, or `(..., C)` for probabilities; the result is 0-d, or of the target's shape
-        (without the class dimension) for "none".
+        input `(..., D)`; target `(...)`, `(..., C)` for probabilities, or `(..., K)` with the call's `target_prob`; the
+        result is 0-d, or of the target's shape (without the class dimension) for "none".
 
     Raises:
         TypeError: when built, `weight` is not a Tensor or an option is not of its type.
@@ -172,10 +172,17 @@ class LinearCrossEntropyLoss(nn.Module):
         """num_classes, reduction, ignore_index."""
         return f"num_classes={self.num_classes}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
 
-    def forward(self, input: Float[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(
+        self,
+        input: Float[Tensor, "..."],
+        target: Shaped[Tensor, "..."],
+        *,
+        target_prob: Float[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "..."]:
         """The loss of a batch; see :func:`xent.linear_cross_entropy`."""
         shape = (self.num_classes, *self.out_features)
         options = {name: getattr(self, name) for name in LINEAR_OPTIONS}
         weight, bias = self.linear.weight.view(*shape, self.in_features), self.linear.bias
         linear_bias = None if bias is None else bias.view(shape)
-        return linear_cross_entropy(input, weight, target, linear_bias=linear_bias, weight=self.weight, **options)
+        options |= {"linear_bias": linear_bias, "weight": self.weight, "target_prob": target_prob}
+        return linear_cross_entropy(input, weight, target, **options)

@@ -125,7 +125,10 @@ def test_products(reduction: str, products: int, monkeypatch: pytest.MonkeyPatch
 def test_blocks_are_of_equal_size() -> None:
     h, W, _, y = (t.detach() for t in problem(100))
     budget = 30 * 8 * (C + 2 * D)
-    head, rows = _blocks.HeadOptions(_blocks.RowSpec(), torch.float64, budget), _blocks.HeadRows(h, W, None, y, None)
+    head, rows = (
+        _blocks.HeadOptions(_blocks.RowSpec(), torch.float64, budget),
+        _blocks.HeadRows(h, W, None, y, None, None),
+    )
     sizes = [len(block.hidden) for block in _blocks.Blocks(rows, head)]
     assert sizes == [22, 22, 22]  # 66 rows count; 30, 30 and 6 would fit, too
     one_by_one = _blocks.Blocks(rows, head._replace(max_bytes=1))

@@ -71,14 +71,18 @@ def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[HeadRows, HeadOption
         target = target.flatten(0, 1)
         h = torch.randn(len(target), D, dtype=dtype)
         options = HeadOptions(SPEC, products, max_bytes=100, label_smoothing=0.1, z_loss=0.1)
-        yield HeadRows(h, W, b, target, class_weight(x)), options
+        yield HeadRows(h, W, b, target, None, class_weight(x)), options
 
 
 def head_loss(dtype: torch.dtype, soft: bool) -> Samples:
     factor = torch.tensor(0.5, dtype=torch.float64)
     for row, options in heads(dtype, soft):
-        for needs in ([True, True, True, soft], [True, False, False, False], [False] * 4):
+        for needs in ([True, True, True, soft, False], [True, False, False, False, False], [False] * 5):
             yield *row, factor, *flatten(options), needs
+    if not soft:  # K classes of each row
+        y = torch.stack([row.target, row.target], 1)
+        for needs in ([True, True, True, False, True], [False] * 5):
+            yield *row._replace(target=y, prob=torch.rand(y.shape, dtype=dtype)), factor, *flatten(options), needs
 
 
 def head_statistics(dtype: torch.dtype, soft: bool) -> Samples:
@@ -97,7 +101,7 @@ def head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
     for row, options in heads(dtype, soft):
         per_row = numbers(row[0][None])
         g_mass = per_row[0] if soft else None
-        for needs in ([True, True, True, soft], [False, True, False, False]):
+        for needs in ([True, True, True, soft, False], [False, True, False, False, False]):
             yield *row, *per_row, g_mass, *flatten(options), needs
 
 
@@ -115,7 +119,7 @@ def sparse_head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
         found = torch.ops.xent.sparse_head(*arguments)
         top, lse, picked, *entries = *found[:3], *found[-3:]
         upstream = (lse * 0.5, lse * 0.25, lse * 0.1, None)
-        for needs in ([True, True, True, soft], [False, True, False, False]):
+        for needs in ([True, True, True, soft, False], [False, True, False, False, False]):
             yield *row, top, lse, picked, *entries, *upstream, lse if soft else None, *flat, needs
 
 

@@ -32,7 +32,7 @@ from .._rows.derivatives import coefficient_gradient
 from .products import add_outer, block_dtype, hidden_gradient, logits_of
 
 P = ParamSpec("P")
-Needs = tuple[bool, bool, bool, bool]  # whether a gradient of (hidden, weight, bias, target) is wanted
+Needs = tuple[bool, ...]  # whether a gradient of each of `HeadRows.sources` is wanted
 FEW = 1 << 18  # logits: what is made of so many at a time stays in the cache
 
 
@@ -76,6 +76,7 @@ class Block(NamedTuple):
     targets: slice | Tensor  # theirs: the next ones, where the targets are shifted
     hidden: Tensor  # (n, D)
     target: Tensor  # (1, n), (1, n, K) or (1, n, C)
+    prob: Tensor | None  # (1, n, K)
     logits: Tensor  # (1, n, C), in the buffer that all blocks share
 
 
@@ -84,7 +85,7 @@ class Blocks:
 
     def __init__(self, rows: HeadRows, options: HeadOptions) -> None:
         """All floating tensors but probabilities are cast to the products' dtype."""
-        hidden, weight, bias, target, _ = rows
+        hidden, weight, bias, target, self.prob, _ = rows
         self.hidden, self.target, self.options = hidden, target, options
         self.weight, self.bias = weight.to(options.dtype), None if bias is None else bias.to(options.dtype)
         self.class_weight = options.class_weight(rows)
@@ -113,7 +114,8 @@ class Blocks:
             targets = rows + 1 if shifted and isinstance(rows, Tensor) else rows
             h = self.hidden[rows].to(self.options.dtype)
             logits = logits_of(h, self.weight, self.bias, out=self.buffer[: end - begin])
-            yield Block(rows, targets, h, self.target[targets][None], logits[None])
+            prob = None if self.prob is None else self.prob[rows][None]
+            yield Block(rows, targets, h, self.target[targets][None], prob, logits[None])
 
     def stats(self, block: Block) -> Stats:
         """The statistics of a block, each (1, n)."""
@@ -123,30 +125,36 @@ class Blocks:
 
 
 class Grads:
-    """The gradients of hidden, weight, bias and target, as far as they are wanted, and how a block adds to them."""
+    """The gradients that are wanted, and how a block adds to them: dq is that of the target or of `prob`."""
 
     def __init__(self, blocks: Blocks, needs: Needs) -> None:
         """Rows that never come have a gradient of 0. All but that of hidden are float32 (float64) until the end."""
-        hidden, weight, target, dtype = blocks.hidden, blocks.weight, blocks.target, compute_dtype(blocks.weight)
+        hidden, weight, dtype = blocks.hidden, blocks.weight, compute_dtype(blocks.weight)
+        q = blocks.target if blocks.prob is None else blocks.prob
         self.blocks = blocks
         clear = torch.zeros if blocks.kept is not None else torch.empty
         self.dh = clear(hidden.shape, dtype=blocks.options.dtype, device=hidden.device) if needs[0] else None
         self.dW = torch.empty(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
         self.db = torch.zeros(len(weight), dtype=dtype, device=weight.device) if needs[2] else None
-        self.dq = clear(target.shape, dtype=compute_dtype(target), device=hidden.device) if needs[3] else None
+        self.dq = clear(q.shape, dtype=compute_dtype(q), device=hidden.device) if any(needs[3:]) else None
         self.added = 0  # blocks
         for large in (self.dh, self.dW, self.dq):
             if large is not None:
                 advise_huge_pages(large)
 
-    def add(self, block: Block, top: Tensor, lse: Tensor, upstream: Upstream, g_mass: Tensor | None) -> None:
-        """One block, whose logits are overwritten by their gradient; all numbers per row are (1, n)."""
+    def add(self, block: Block, top: Tensor, lse: Tensor, upstream: Upstream, g_q: Tensor | None) -> None:
+        """One block, whose logits are overwritten by their gradient; all numbers per row are (1, n).
+
+        `g_q`: the gradient of `prob`, (1, n, K); for probabilities that of their mass.
+        """
         x, spec, class_weight = block.logits, self.blocks.options.spec, self.blocks.class_weight
-        if self.dq is not None:
+        if self.dq is not None and block.prob is not None and g_q is not None:
+            self.dq[block.rows] = g_q[0].to(self.dq.dtype)
+        elif self.dq is not None:
             where = torch.arange(len(self.dq), device=x.device)[block.targets]
             count = max(1, FEW // x.shape[2])
             for part in (slice(i, i + count) for i in range(0, x.shape[1], count)):
-                mass = None if g_mass is None else g_mass[:, part]
+                mass = None if g_q is None else g_q[:, part]
                 d = coefficient_gradient(x[:, part], top[:, part], upstream.picked[:, part], mass, spec)[0]
                 self.dq[where[part]] = d if class_weight is None else d.mul_(class_weight)
         if self.dh is None and self.dW is None and self.db is None:
@@ -183,7 +191,7 @@ def in_their_dtypes(
 
 @in_their_dtypes
 def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Needs) -> list[Tensor]:
-    """factor * sum_n loss_n (0-d), and those gradients of it that are wanted, of (hidden, weight, bias, target).
+    """factor * sum_n loss_n (0-d), and those gradients of it that are wanted, of `HeadRows.sources`.
 
     With float16 the gradients are those of the sum, which `functions.py` scales: 1 / N in each of the products
     would take small probabilities below what the format can hold.
@@ -194,11 +202,19 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
     for block in blocks:
         stats = blocks.stats(block)
         terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
-        total += objective.row_losses(stats, terms, formula).sum() * factor
+        whole, ignore_index = (stats, terms), options.spec.ignore_index
+        if block.prob is not None:
+            whole = objective.of_candidates(stats, terms, block.target, block.prob, ignore_index)
+        total += objective.row_losses(*whole, formula).sum() * factor
         if any(needs):
-            upstream = objective.row_upstream(stats.top, stats.lse, stats.mass, terms, formula, g)
-            g_mass = -upstream.picked * stats.lse if needs[3] else None  # of lse mass - picked
-            grads.add(block, stats.top, stats.lse, upstream, g_mass)
+            upstream = objective.row_upstream(stats.top, stats.lse, whole[0].mass, whole[1], formula, g)
+            if block.prob is None:
+                g_q = -upstream.picked * stats.lse if needs[3] else None  # of lse mass - picked
+            else:
+                upstream, g_q = objective.candidate_upstream(
+                    upstream, stats, terms, block.target, block.prob, ignore_index
+                )
+            grads.add(block, stats.top, stats.lse, upstream, g_q)
     return [total, *grads.found()]
 
 
@@ -228,7 +244,7 @@ def stats_grads(
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor]:
-    """Gradients of (hidden, weight, bias, target), as far as they are wanted, from numbers per row, (1, N) each."""
+    """Gradients of `HeadRows.sources`, as far as they are wanted, from numbers per row, (1, N) each."""
     blocks = Blocks(rows, options)
     grads = Grads(blocks, needs)
     for block in blocks:

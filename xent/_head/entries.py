@@ -89,7 +89,7 @@ def sparse_grads(
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor]:
-    """Gradients of (hidden, weight, bias, target), as far as they are wanted, each in its tensor's dtype."""
+    """Gradients of `HeadRows.sources`, as far as they are wanted, each in its tensor's dtype."""
     count = int(entries.ends[-1]) if len(entries.ends) else 0  # behind them there may be room that no row took
     entries = entries._replace(classes=entries.classes[:count], p=entries.p[:count])
     tensors = [t for t, needed in zip(rows.sources, needs, strict=True) if needed and t is not None]
@@ -108,7 +108,7 @@ def _sparse_part(
     rows: HeadRows, stats: Stats, entries: Entries, upstream: Upstream, options: HeadOptions, needs: Needs
 ) -> list[Tensor]:
     """Of hidden, weight and bias: all but what is dense in itself."""
-    hidden, weight, _, target, _ = rows
+    hidden, weight, _, target, *_ = rows
     soft, compute, device = target.is_floating_point(), compute_dtype(weight), hidden.device
     coefficient = coefficients(target, stats, entries, upstream, options, compute)
     rank_one = upstream.wsum is not None and not soft

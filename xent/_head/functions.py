@@ -77,14 +77,14 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 8
+            return (None,) * 9
         if any(wanted and dtype is None for wanted, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)):
             raise RuntimeError(
                 "a linear head with its loss computes its gradients in forward, and this graph was traced for tensors "
                 "of which fewer require grad: trace it again"
             )
-        hidden, weight, bias, target, factor, *grads = ctx.saved_tensors
-        sources, left = (hidden, weight, bias, target), iter(grads)
+        saved = ctx.saved_tensors  # once: a hook may have packed them for one use
+        sources, factor, left = saved[:5], saved[5], iter(saved[6:])
         if ctx.unscaled:
             g = g * torch.where(factor.isinf(), 0, factor)  # 1 / 0 where no row counts
         found = [None if dtype is None else _scaled(next(left), g, dtype, sources) for dtype in ctx.dtypes]
@@ -123,7 +123,7 @@ class HeadStats(NoTransforms, torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads):
-            return (None,) * 6
+            return (None,) * 7
         rows, (top, lse, entropy) = HeadRows.split(ctx.saved_tensors)
         needs = ctx.needs_input_grad[: len(rows.sources)]
         found = stats_backward(rows, top, lse, entropy, grads, ctx.options, needs)
@@ -139,7 +139,7 @@ def stats_backward(
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor | None]:
-    """The gradients of hidden, weight, bias and target that are wanted, without a graph of their own."""
+    """The gradients of `HeadRows.sources` that are wanted, without a graph of their own."""
     if any(map(_torch.is_batched_gradient, grads)):
         raise NotImplementedError(
             "is_grads_batched=True of the statistics of a linear head: each gradient of the batch would need the "
@@ -164,7 +164,7 @@ OPTIONS = (
     f"{SPEC}, ScalarType dtype, SymInt max_bytes, SymInt shift, float label_smoothing, float z_loss, "
     "bool entropy, bool argmax, float? resolution"
 )
-ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? prob, Tensor? class_weight"
 PER_ROW = f"Tensor top, Tensor lse, {UPSTREAM}, Tensor? g_mass"
 
 
@@ -195,12 +195,13 @@ def _gradients(*flat: Any) -> list[Tensor]:
 
 def _made(rows: HeadRows, options: HeadOptions, needs: Needs) -> list[Tensor]:
     """The gradients without numbers, as the blocks make them."""
-    hidden, weight, _, target, _ = rows
+    hidden, weight, _, target, prob, _ = rows
+    q = target if prob is None else prob
     made = (
         (hidden.shape, options.dtype),
         (weight.shape, options.weight_dtype),
         (weight.shape[:1], options.weight_dtype),
-        (target.shape, compute_dtype(target)),
+        *[(q.shape, compute_dtype(q))] * 2,  # of the target or of `prob`
     )
     return [hidden.new_empty(shape, dtype=d) for (shape, d), needed in zip(made, needs, strict=True) if needed]
 
@@ -223,6 +224,6 @@ def _empty_statistics(*flat: Any) -> list[Tensor]:
 define("head_loss", f"({ROWS}, Tensor factor, {OPTIONS}, bool[] needs) -> Tensor[]", _loss, _empty_loss)
 define("head_statistics", f"({ROWS}, {OPTIONS}) -> Tensor[]", _statistics, _empty_statistics)
 define("head_gradients", f"({ROWS}, {PER_ROW}, {OPTIONS}, bool[] needs) -> Tensor[]", _gradients, _empty_gradients)
-differentiate("head_loss", HeadLoss, lambda *flat: (*flat[:6], options_of(flat[6:-1]), tuple(flat[-1])))
+differentiate("head_loss", HeadLoss, lambda *flat: (*flat[:7], options_of(flat[7:-1]), tuple(flat[-1])))
 differentiate("head_gradients", OnceDifferentiable, lambda *flat: (flat[0], GONE))
-differentiate("head_statistics", HeadStats, lambda *flat: (*flat[:5], options_of(flat[5:])))
+differentiate("head_statistics", HeadStats, lambda *flat: (*flat[:6], options_of(flat[6:])))

@@ -77,7 +77,7 @@ class SparseHead(NoTransforms, torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads):
-            return (None,) * 8
+            return (None,) * 9
         options = ctx.options
         rows, (factor, *numbers) = HeadRows.split(ctx.saved_tensors)
         target, soft = rows.target, rows.target.is_floating_point()
@@ -106,7 +106,7 @@ def sparse_backward(
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor | None]:
-    """The gradients of hidden, weight, bias and target that are wanted, without a graph of their own."""
+    """The gradients of `HeadRows.sources` that are wanted, without a graph of their own."""
     if any(map(_torch.is_batched_gradient, upstream)):
         raise NotImplementedError(
             "is_grads_batched=True of a linear head with a sparse gradient; call torch.autograd.grad in a loop"
@@ -174,5 +174,5 @@ _GIVEN = f"{ROWS}, Tensor top, Tensor lse, Tensor picked, {_ENTRIES}, {UPSTREAM}
 _HEAD = f"({ROWS}, Tensor? factor, Tensor seed, {OPTIONS}) -> Tensor[]"
 define("sparse_head", _HEAD, _run, _empty)
 define("sparse_head_gradients", f"({_GIVEN}, {OPTIONS}, bool[] needs) -> Tensor[]", _gradients, _empty_gradients)
-differentiate("sparse_head", SparseHead, lambda *flat: (*flat[:7], options_of(flat[7:])))
+differentiate("sparse_head", SparseHead, lambda *flat: (*flat[:8], options_of(flat[8:])))
 differentiate("sparse_head_gradients", OnceDifferentiable, lambda *flat: (flat[0], GONE))

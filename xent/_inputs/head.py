@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._records import HeadRows
-from .rows import as_index, check_probabilities
+from .rows import as_index, check_probabilities, check_target_prob
 
 MAX_BYTES = 72 << 20  # of logits at a time: products of full speed, and no more than a few per cent of a training step
 
@@ -48,6 +49,12 @@ def check_max_bytes(max_bytes: int | None) -> int:
     return max_bytes
 
 
+def check_dense_gradient(grad_resolution: float | None, candidates: bool) -> None:
+    """A sparse gradient has one entry of a target in each row."""
+    if candidates and grad_resolution is not None:
+        raise ValueError(f"grad_resolution: expected None for K classes per position, got {grad_resolution}")
+
+
 def to_linear_rows(
     input: Tensor,
     linear_weight: Tensor,
@@ -57,10 +64,11 @@ def to_linear_rows(
     shift: bool,
     ignore_index: int,
     candidates: bool = False,
+    target_prob: Tensor | None = None,
 ) -> LinearRows:
     """Check all against each other and lay them out as rows, without a copy of the hidden states.
 
-    `candidates`: the target may have K indices for each position.
+    `candidates`: the target has K indices in the place of the classes.
     """
     dtype = _check_tensors(input, linear_weight, target, linear_bias)
     C, D, K = linear_weight.shape[0], linear_weight.shape[-1], linear_weight.shape[1:-1]
@@ -75,15 +83,22 @@ def to_linear_rows(
         raise ValueError(
             f"input: expected shape (N, {D}) beside a head of {len(K)} more dimensions, got {tuple(input.shape)}"
         )
-    index, probabilities = batch + K, torch.Size((*batch[:1], C, *K) if K else (*batch, C))
-    several = candidates and target.dim() == len(index) + 1 and not target.is_floating_point()
-    several = several and target.shape[:-1] == index and target.shape[-1] > 0
-    soft = target.shape == probabilities and not several
-    if not soft and not several and target.shape != index:
+    index, axis = batch + K, 1 if K else len(batch)
+    soft = not candidates and target.shape == (*index[:axis], C, *index[axis:])
+    if candidates:
+        n = target.shape[axis] if target.dim() > len(index) else 0
+        if n == 0 or target.shape != (*index[:axis], n, *index[axis:]):
+            shape = str((*index[:axis], "K", *index[axis:])).replace("'", "")
+            raise ValueError(
+                f"target: expected shape {shape} for K >= 1 class indices per position, got {tuple(target.shape)}"
+            )
+    elif not soft and target.shape != index:
         raise ValueError(
-            f"target: expected shape {tuple(index)} for indices or {tuple(probabilities)} for probabilities, "
-            f"got {tuple(target.shape)}"
+            f"target: expected shape {tuple(index)} for indices or {(*index[:axis], C, *index[axis:])} for "
+            f"probabilities, got {tuple(target.shape)}"
         )
+    if target_prob is not None:
+        check_target_prob(target_prob, target)
     if soft:
         check_probabilities(target, ignore_index)
     else:
@@ -99,15 +114,22 @@ def to_linear_rows(
             time = len(batch) - 1
             last = torch.full_like(target.narrow(time, 0, 1), ignore_index)
             target = torch.cat([target.narrow(time, 1, T - 1), last], time)
+            if target_prob is not None:
+                nothing = torch.zeros_like(target_prob.narrow(time, 0, 1))
+                target_prob = torch.cat([target_prob.narrow(time, 1, T - 1), nothing], time)
     hidden, N = input.reshape(math.prod(batch), D), math.prod(batch)
     if not K:
-        targets, weights, biases = [target.reshape(N, *target.shape[len(batch) :])], [linear_weight], [linear_bias]
-    else:  # a head for each index of the further dimensions
-        targets = list(target.flatten(2).unbind(2) if soft else target.flatten(1).unbind(1))
-        weights = list(linear_weight.flatten(1, -2).unbind(1))
-        biases = [None] * len(weights) if linear_bias is None else list(linear_bias.flatten(1).unbind(1))
-    heads = [HeadRows(hidden, W, b, y, weight) for W, b, y in zip(weights, biases, targets, strict=True)]
-    return LinearRows(heads, index, dtype, T)
+        y, q = target.reshape(N, *target.shape[axis:]), target_prob
+        q = None if q is None else q.reshape(y.shape)
+        return LinearRows([HeadRows(hidden, linear_weight, linear_bias, y, q, weight)], index, dtype, T)
+
+    def each(tensor: Tensor | None, at: int) -> Sequence[Tensor | None]:
+        return [None] * math.prod(K) if tensor is None else tensor.flatten(at).unbind(at)
+
+    at = 2 if soft or candidates else 1
+    weights, targets = linear_weight.flatten(1, -2).unbind(1), target.flatten(at).unbind(at)
+    heads = zip(weights, each(linear_bias, 1), targets, each(target_prob, 2), strict=True)
+    return LinearRows([HeadRows(hidden, W, b, y, q, weight) for W, b, y, q in heads], index, dtype, T)
 
 
 def _check_tensors(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:

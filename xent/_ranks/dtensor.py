@@ -204,18 +204,20 @@ def on_head(
     if _is_dtensor(input):
         input = input.redistribute(placements=hidden)
     per_class = target.dim() > axis  # probabilities, or K candidates
-    of_probabilities = per_class and target.is_floating_point()
-    of_target = places.logits if of_probabilities else places.candidates if per_class else places.per_row
+    several = per_class and not target.is_floating_point()
+    of_target = places.candidates if several else places.logits if per_class else places.per_row
     of_batch = tuple(Partial() if i in places.batch else p for i, p in enumerate(places.classes))
     h = places.part("input", input, tuple(hidden))
     W = places.part("linear_weight", linear_weight, places.classes, of_batch)
     options["linear_bias"] = places.part("linear_bias", linear_bias, places.classes, of_batch)
     y = places.part("target", target, of_target)
+    if (q := options.get("target_prob")) is not None:
+        options["target_prob"] = places.part("target_prob", q, of_target)
     if (weight := options.get("weight")) is not None:
         options["weight"] = places.class_weight(weight)
     shift = bool(options.get("shift"))
     counted = y[..., 1:, :] if per_class and shift else y[..., 1:] if shift else y
-    places.add_divisor(options, counted, counted.shape[:axis].numel(), weight)
+    places.add_divisor(options, counted, counted.shape[:axis].numel(), weight, axis if several else None)
     places.shape = torch.Size((*input.shape[: axis - shift], *[input.shape[axis - 1] - 1] * shift, len(linear_weight)))
     return places.whole(function(h, W, y, **options, group=places.group))
 

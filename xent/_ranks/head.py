@@ -67,7 +67,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 8
+            return (None,) * 9
         rows, found = HeadRows.split(ctx.saved_tensors)
         gathered, group, options = Gathered(*found[:3]), _torch.process_group(ctx.group), ctx.options
         ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[: len(rows.sources)], len(rows.weight)
@@ -103,7 +103,7 @@ def _ignored(target: Tensor, options: HeadOptions) -> Tensor | None:
 
 def _statistics(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOptions) -> list[Tensor]:
     entries: list[Tensor] = []
-    hidden, weight, _, target, class_weight = rows
+    hidden, weight, _, target, _, class_weight = rows
 
     def local(start: int, total: int, part: Tensor | None) -> Stats:
         own = options._replace(spec=options.spec._replace(start=start, classes=total))
@@ -141,4 +141,4 @@ def _empty(*flat: Any) -> list[Tensor]:
 
 _SCHEMA = f"({ROWS}, Tensor? seed, str group, {OPTIONS}) -> Tensor[]"
 define("rank_head_statistics", _SCHEMA, _run, _empty)
-differentiate("rank_head_statistics", RankHeadStats, lambda *flat: (*flat[:7], options_of(flat[7:])))
+differentiate("rank_head_statistics", RankHeadStats, lambda *flat: (*flat[:8], options_of(flat[8:])))

@@ -61,6 +61,17 @@ def of_candidates(
     return stats._replace(picked=(k * picked).sum(2), mass=k.sum(2)), terms._replace(row_weight=None)
 
 
+def candidate_upstream(
+    upstream: Upstream, stats: Stats, terms: ClassTerms, target: Tensor, q: Tensor, ignore_index: int
+) -> tuple[Upstream, Tensor]:
+    """From `row_upstream` of a distribution to that of its K candidates; and the gradient of q, (A, B, K)."""
+    ignored, g = target == ignore_index, upstream.picked[..., None]
+    g = g if terms.row_weight is None else g * terms.row_weight
+    g_picked = (g * q).masked_fill(ignored, 0)
+    picked = stats.picked.masked_fill((g_picked == 0) & stats.picked.isinf(), 0)  # as above
+    return upstream._replace(picked=g_picked), (g * (picked - stats.lse[..., None])).masked_fill(ignored, 0)
+
+
 def row_weights(target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
     """w_y: the weight of each row's target, 0 for an ignored row."""
     counts = target != ignore_index
