@@ -29,9 +29,9 @@ def row_statistics(
     """`dispatch.row_statistics` by way of `run`, that of a backend; `picked` is (A, B, K)."""
     check_range(target, spec.classes or 0, spec.ignore_index)
     stats = run(logits, *_nobody(target, spec), wanted, class_weight)
-    at, here = _local(target, spec, logits.shape[2])
+    at, elsewhere = _local(target, spec, logits.shape[2])
     z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(stats.top.dtype)
-    return stats._replace(picked=torch.where(here, z - stats.top[..., None], 0))
+    return stats._replace(picked=(z - stats.top[..., None]).masked_fill_(elsewhere, 0))
 
 
 def row_gradient(
@@ -46,16 +46,16 @@ def row_gradient(
     out: Tensor | None,
 ) -> Tensor:
     """`dispatch.row_gradient` by way of `run`, that of a backend; `upstream.picked` is (A, B, K)."""
-    at, here = _local(target, spec, logits.shape[2])
+    at, elsewhere = _local(target, spec, logits.shape[2])
     z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(lse.dtype)  # before `out` is written
     y, given = _nobody(target, spec)
     of_pass = upstream._replace(picked=torch.zeros_like(top[:1, :1]).expand_as(top))
     found = run(logits, y, top, lse, of_pass, given, class_weight, out)
 
-    log_p = (z - top[..., None] - lse[..., None]).clamp_(min=-1e4)  # p log p is 0 where p is 0
+    log_p = (z - top[..., None]).sub_(lse[..., None]).clamp_(min=-1e4)  # p log p is 0 where p is 0
     g = upstream.lse[..., None]
     d = log_p.exp().mul_(g if upstream.entropy is None else g - upstream.entropy[..., None] * log_p)
-    d += _sum_of_equals(found, at, torch.where(here, upstream.picked, 0))
+    d += _sum_of_equals(found, at, upstream.picked.masked_fill(elsewhere, 0))
     if upstream.wsum is not None:
         d += upstream.wsum[..., None] * (1 if class_weight is None else class_weight[at])
     d *= slope(z, spec.scale, spec.softcap)
@@ -72,10 +72,12 @@ def _nobody(target: Tensor, spec: RowSpec) -> tuple[Tensor, RowSpec]:
 
 
 def _local(target: Tensor, spec: RowSpec, C: int) -> tuple[Tensor, Tensor]:
-    """Where the candidates are among the C classes held here, and which are; the others are at 0."""
-    local = target.long() - spec.start
-    here = (local >= 0) & (local < C) & (target != spec.ignore_index)
-    return local.where(here, 0), here
+    """Where the candidates are among the C classes held here, and which are not: those are at 0."""
+    local, elsewhere = target.long(), target == spec.ignore_index
+    if spec.start or (spec.classes or C) != C:  # else all are held here: the range has been checked
+        local = local - spec.start
+        elsewhere = elsewhere | (local < 0) | (local >= C)
+    return local.masked_fill(elsewhere, 0), elsewhere
 
 
 def _sum_of_equals(scratch: Tensor, at: Tensor, numbers: Tensor) -> Tensor:
