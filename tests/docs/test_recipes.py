@@ -102,15 +102,49 @@ def test_distillation_from_the_best_classes() -> None:
     same(names["top_k"], -(q * log_p).sum(-1).mean(), logits)
     tail = torch.where(q > 0, 0, log_p.exp()).sum(-1).log()
     same(names["with_tail"], -((q * log_p).sum(-1) + (1 - q.sum(-1)) * tail).mean(), logits)
+    same(names["warm"], -(q * (logits / 2).log_softmax(-1)).sum(-1).mean() * 4, logits)
+    head = {"8, requires_grad=True": "8, dtype=torch.float64, requires_grad=True"}
+    names = run(section, head, logits=logits)
+    hidden, weight, best = names["hidden"], names["weight"], names["best"]
+    picked = (hidden @ weight.T).log_softmax(-1).gather(-1, best)
+    same(names["of_head"], -(names["q"] * picked).sum(-1).mean(), hidden, weight)
 
 
-def test_mixup() -> None:
+def test_generalised_jsd() -> None:
+    logits, _, _ = problem()
+    double = {"torch.randn(B, T, V)": "torch.randn(B, T, V, dtype=torch.float64)", "beta = 0.5": "beta = 0.3"}
+    names = run("Generalised Jensen-Shannon divergence", double, logits=logits)
+    best, q = names["best"], names["q"]
+    others = torch.ones_like(logits).scatter(-1, best, 0)
+    p = logits.softmax(-1)
+    student = torch.cat([p.gather(-1, best), (p * others).sum(-1, keepdim=True)], -1)
+    teacher = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+    mixture = 0.3 * teacher + 0.7 * student
+    divergences = [(a * (a / mixture).log()).sum(-1).mean() for a in (teacher, student)]
+    same(names["jsd"], 0.3 * divergences[0] + 0.7 * divergences[1], logits)
+
+
+def test_multiple_choice() -> None:
+    replace = {"8, requires_grad=True": "8, dtype=torch.float64, requires_grad=True", "[0, 3]": "[0, 3, 1, 2]"}
+    names = run("Multiple choice", replace)
+    hidden, weight, answers, right = (names[name] for name in ("hidden", "weight", "answers", "right"))
+    logits = hidden @ weight.T
+    same(names["scores"][:, 1].sum(), logits.log_softmax(-1).gather(-1, answers)[:, 1].sum(), hidden, weight)
+    among = logits.gather(-1, answers)
+    same(names["choice"], F.cross_entropy(among, right), hidden, weight)
+    assert names["correct"] == (among.argmax(-1) == right).sum()
+
+
+def test_mixup_and_cutmix() -> None:
     logits, target, _ = problem()
-    target = target.clamp(min=0)
-    found = run("Mixup and CutMix", {"torch.tensor([1 - share, share])": "shares"}, logits=logits, target=target,
-                shares=torch.tensor([0.7, 0.3], dtype=torch.float64))["mixed"]  # fmt: skip
-    losses = [F.cross_entropy(logits.movedim(-1, 1), y) for y in (target, target.flip(0))]
-    same(found, 0.7 * losses[0] + 0.3 * losses[1], logits)
+    target, double = target.clamp(min=0), torch.float64
+    replace = {"torch.tensor([1 - share, share])": "shares", "torch.tensor([0.25, 0.0])": "areas"}
+    areas = torch.tensor([0.25, 0.0, 0.5, 0.9], dtype=double)
+    given = {"shares": torch.tensor([0.7, 0.3], dtype=double), "areas": areas}
+    found = run("Mixup and CutMix", replace, logits=logits, target=target, **given)
+    both = [F.cross_entropy(logits.movedim(-1, 1), y, reduction="none").mean(1) for y in (target, target.flip(0))]
+    same(found["mixed"], (0.7 * both[0] + 0.3 * both[1]).mean(), logits)
+    same(found["cut"], ((1 - areas) * both[0] + areas * both[1]).mean(), logits)
 
 
 def test_z_loss() -> None:
