@@ -61,6 +61,11 @@ def heads(N: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return randn(N, D, generator=generator), randn(C, D, generator=generator), y
 
 
+def several_heads(N: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h, W, _ = heads(N, generator)
+    return h, W, *candidates(N, generator)[1:]
+
+
 def together(stats: xent.TokenStats) -> Tensor:
     return torch.stack([stats.log_prob, stats.lse, stats.entropy])  # type: ignore[list-item]
 
@@ -100,6 +105,11 @@ FUNCTIONS: dict[str, Case] = {
         lambda h, W, y: xent.linear_cross_entropy(h, W, y, reduction="none"),
         of_head(F.cross_entropy, reduction="none"),
         heads,
+    ),
+    "head, candidates": Case(
+        lambda h, W, q, y: xent.linear_cross_entropy(h, W, y, target_prob=q),
+        lambda h, W, q, y: of_dense(F.linear(h, W), q, y),
+        several_heads,
     ),
     "linear_token_stats": Case(
         lambda h, W, y: together(xent.linear_token_stats(h, W, y, entropy=True)), of_head(stats_of), heads

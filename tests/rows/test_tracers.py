@@ -106,6 +106,7 @@ REFUSED = {
     ("is_grads_batched", "group, linear_token_stats"): BATCHED,
     ("torch.func.vmap", "head"): MAPPED,
     ("torch.func.vmap", "head, none"): MAPPED,
+    ("torch.func.vmap", "head, candidates"): MAPPED,
     ("torch.func.vmap", "linear_token_stats"): MAPPED,
     ("torch.func.vmap", "group, head"): MAPPED,
     ("torch.func.vmap", "group, linear_token_stats"): MAPPED,

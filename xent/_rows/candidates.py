@@ -73,10 +73,8 @@ def _nobody(target: Tensor, spec: RowSpec) -> tuple[Tensor, RowSpec]:
 
 def _local(target: Tensor, spec: RowSpec, C: int) -> tuple[Tensor, Tensor]:
     """Where the candidates are among the C classes held here, and which are not: those are at 0."""
-    local, elsewhere = target.long(), target == spec.ignore_index
-    if spec.start or (spec.classes or C) != C:  # else all are held here: the range has been checked
-        local = local - spec.start
-        elsewhere = elsewhere | (local < 0) | (local >= C)
+    local = target.long() - spec.start
+    elsewhere = (target == spec.ignore_index) | (local < 0) | (local >= C)
     return local.masked_fill(elsewhere, 0), elsewhere
 
 
