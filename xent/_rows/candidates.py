@@ -15,8 +15,6 @@ from torch import Tensor
 from .._backends import check_range, scores, slope
 from .._records import RowSpec, Stats, Upstream, Wanted, rows_that_count
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
-
 
 def row_statistics(
     run: Callable[..., Stats],
@@ -47,6 +45,7 @@ def row_gradient(
 ) -> Tensor:
     """`dispatch.row_gradient` by way of `run`, that of a backend; `upstream.picked` is (A, B, K)."""
     at, elsewhere = _local(target, spec, logits.shape[2])
+    at, order = at.sort(2)
     z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(lse.dtype)  # before `out` is written
     y, given = _nobody(target, spec)
     of_pass = upstream._replace(picked=torch.zeros_like(top[:1, :1]).expand_as(top))
@@ -55,7 +54,7 @@ def row_gradient(
     log_p = (z - top[..., None]).sub_(lse[..., None]).clamp_(min=-1e4)  # p log p is 0 where p is 0
     g = upstream.lse[..., None]
     d = log_p.exp().mul_(g if upstream.entropy is None else g - upstream.entropy[..., None] * log_p)
-    d += _sum_of_equals(found, at, upstream.picked.masked_fill(elsewhere, 0))
+    d += _sum_of_equals(at, upstream.picked.masked_fill(elsewhere, 0).gather(2, order))
     if upstream.wsum is not None:
         d += upstream.wsum[..., None] * (1 if class_weight is None else class_weight[at])
     d *= slope(z, spec.scale, spec.softcap)
@@ -78,11 +77,9 @@ def _local(target: Tensor, spec: RowSpec, C: int) -> tuple[Tensor, Tensor]:
     return local.masked_fill(elsewhere, 0), elsewhere
 
 
-def _sum_of_equals(scratch: Tensor, at: Tensor, numbers: Tensor) -> Tensor:
-    """For each number the sum of those of its row with the same index, of which one is written to `scratch` there."""
-    scratch = scratch.view(INTEGERS[scratch.itemsize])
-    K = at.shape[2]
-    first = torch.arange(at.numel() // K, device=at.device).view(*at.shape[:2], 1) * K
-    one = torch.arange(K, device=at.device, dtype=scratch.dtype).expand_as(at)
-    one = scratch.scatter_(2, at, one).gather(2, at) + first
-    return torch.zeros_like(numbers).flatten().index_add_(0, one.flatten(), numbers.flatten())[one]
+def _sum_of_equals(at: Tensor, numbers: Tensor) -> Tensor:
+    """For each number the sum of those of its row with the same index; a row's indices ascend."""
+    first = torch.ones_like(at, dtype=torch.bool)
+    first[..., 1:] = at[..., 1:] != at[..., :-1]
+    group = first.flatten().cumsum(0) - 1
+    return torch.zeros_like(numbers).flatten().index_add_(0, group, numbers.flatten())[group].view_as(numbers)
