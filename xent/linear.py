@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._head.blocks import HeadOptions
-from ._head.sparse import draw_seed, head_loss, head_stats
+from ._head.sparse import draw_seed, head_stats, loss_by_gradient
 from ._inputs import options
-from ._inputs.head import check_dense_gradient, check_max_bytes, to_linear_rows
+from ._inputs.head import LinearRows, check_dense_gradient, check_max_bytes, to_linear_rows
 from ._inputs.options import overridable
 from ._inputs.rows import holds_candidates, result_dtype
 from ._ranks.dtensor import distributed, on_head
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.head import rank_head_stats
-from ._records import Objective, RowSpec, statistics_dtype
+from ._records import HeadRows, Objective, RowSpec
 from ._rows import objective
 from .functional import TokenStats
 
@@ -149,41 +149,40 @@ def linear_cross_entropy(
             raise ValueError(f"linear_weight: expected shape (C, D) over a group, got {tuple(linear_weight.shape)}")
 
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
-    spec, targets = RowSpec(ignore, logit_scale, softcap), rows.targets
+    spec = RowSpec(ignore, logit_scale, softcap)
     settings = HeadOptions(spec, rows.dtype, budget, rows.shift, label_smoothing, z_loss, resolution=grad_resolution)
     seeds = _seeds(grad_resolution, len(rows.heads), input, generator)
+    heads = list(zip(rows.heads, seeds, strict=True))
     if group is not None or reduction == "none":
-        losses = []
-        for head, seed in zip(rows.heads, seeds, strict=True):
-            q, head = head.prob, head._replace(prob=None)
-            if group is None:
-                stats = head_stats(head, seed, settings)
-                terms = objective.class_terms(head.target[None], weight, len(head.weight), formula)
-            else:
-                stats, terms = rank_head_stats(head, seed, settings, group)
-            if q is not None:
-                stats, terms = objective.of_candidates(stats, terms, head.target[None], q[None], ignore)
-            losses.append(objective.row_losses(stats, terms, formula)[0])
-        found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
-        if reduction == "none":
-            return rows.shaped(found.to(formula.dtype))
-        return objective.reduce(found, objective.divisor(targets[None], terms.row_weight, normalizer, formula), formula)
+        return _by_rows(rows, heads, settings, formula, normalizer, group)
+    return loss_by_gradient(rows, heads, settings, formula, normalizer)
 
-    row_weight = None
-    if weight is not None and targets.dim() == 1:
-        row_weight = objective.row_weights(targets, weight, ignore)
-    divisor = objective.divisor(targets[None], row_weight, normalizer, formula)
-    device, dtype = input.device, statistics_dtype(input.device)
-    if isinstance(divisor, Tensor):  # perhaps one number on the CPU
-        divisor = divisor.to(device, dtype, non_blocking=True)
-    else:
-        divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
-    factor = 1 / divisor.detach()
-    losses = [head_loss(head, factor, seed, settings) for head, seed in zip(rows.heads, seeds, strict=True)]
-    total = torch.stack(losses).sum()
-    if divisor.requires_grad:
-        total = total * (divisor.detach() / divisor)
-    return total.to(formula.dtype)
+
+def _by_rows(
+    rows: LinearRows,
+    heads: list[tuple[HeadRows, Tensor | None]],
+    settings: HeadOptions,
+    formula: Objective,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
+) -> Tensor:
+    """The loss of each row from its statistics, whose gradient is known in backward only: four products."""
+    losses = []
+    for head, seed in heads:
+        q, head = head.prob, head._replace(prob=None)
+        if group is None:
+            stats = head_stats(head, seed, settings)
+            terms = objective.class_terms(head.target[None], head.class_weight, len(head.weight), formula)
+        else:
+            stats, terms = rank_head_stats(head, seed, settings, group)
+        if q is not None:
+            stats, terms = objective.of_candidates(stats, terms, head.target[None], q[None], formula.ignore_index)
+        losses.append(objective.row_losses(stats, terms, formula)[0])
+    found = losses[0] if len(losses) == 1 else torch.stack(losses, 1)
+    if formula.reduction == "none":
+        return rows.shaped(found.to(formula.dtype))
+    divisor = objective.divisor(rows.targets[None], terms.row_weight, normalizer, formula)
+    return objective.reduce(found, divisor, formula)
 
 
 @overridable

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import HeadRows, Stats, Upstream, compute_dtype
+from .._inputs.head import LinearRows
+from .._records import HeadRows, Objective, Stats, Upstream, compute_dtype, statistics_dtype
 from .._rows import objective
 from .._rows.functions import OnceDifferentiable, once_differentiable, upstream_of
 from .._rows.operators import UPSTREAM, define, differentiate
@@ -26,6 +27,30 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
     if generator is None:
         return torch.randint(SEED, (), device=device)
     return torch.randint(SEED, (), device=generator.device, generator=generator).to(device)
+
+
+def loss_by_gradient(
+    rows: LinearRows,
+    heads: list[tuple[HeadRows, Tensor | None]],
+    settings: HeadOptions,
+    formula: Objective,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """The loss of all rows, each block's gradient beside it: three products."""
+    targets, first, row_weight = rows.targets, rows.heads[0], None
+    if first.class_weight is not None and targets.dim() == 1:
+        row_weight = objective.row_weights(targets, first.class_weight, formula.ignore_index)
+    divisor = objective.divisor(targets[None], row_weight, normalizer, formula)
+    device, dtype = first.hidden.device, statistics_dtype(first.hidden.device)
+    if isinstance(divisor, Tensor):  # perhaps one number on the CPU
+        divisor = divisor.to(device, dtype, non_blocking=True)
+    else:
+        divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
+    factor = 1 / divisor.detach()
+    total = torch.stack([head_loss(head, factor, seed, settings) for head, seed in heads]).sum()
+    if divisor.requires_grad:
+        total = total * (divisor.detach() / divisor)
+    return total.to(formula.dtype)
 
 
 def head_loss(rows: HeadRows, factor: Tensor, seed: Tensor | None, options: HeadOptions) -> Tensor:

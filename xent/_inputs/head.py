@@ -84,19 +84,7 @@ def to_linear_rows(
             f"input: expected shape (N, {D}) beside a head of {len(K)} more dimensions, got {tuple(input.shape)}"
         )
     index, axis = batch + K, 1 if K else len(batch)
-    soft = not candidates and target.shape == (*index[:axis], C, *index[axis:])
-    if candidates:
-        n = target.shape[axis] if target.dim() > len(index) else 0
-        if n == 0 or target.shape != (*index[:axis], n, *index[axis:]):
-            shape = str((*index[:axis], "K", *index[axis:])).replace("'", "")
-            raise ValueError(
-                f"target: expected shape {shape} for K >= 1 class indices per position, got {tuple(target.shape)}"
-            )
-    elif not soft and target.shape != index:
-        raise ValueError(
-            f"target: expected shape {tuple(index)} for indices or {(*index[:axis], C, *index[axis:])} for "
-            f"probabilities, got {tuple(target.shape)}"
-        )
+    soft = _check_shape_of_target(target, index, axis, C, candidates)
     if target_prob is not None:
         check_target_prob(target_prob, target)
     if soft:
@@ -110,13 +98,9 @@ def to_linear_rows(
                 f"shift: expected input of shape (..., T, {D}) and a head (C, {D}), got {tuple(input.shape)}"
             )
         T = batch[-1]
-        if not soft:  # the last position predicts nothing
-            time = len(batch) - 1
-            last = torch.full_like(target.narrow(time, 0, 1), ignore_index)
-            target = torch.cat([target.narrow(time, 1, T - 1), last], time)
-            if target_prob is not None:
-                nothing = torch.zeros_like(target_prob.narrow(time, 0, 1))
-                target_prob = torch.cat([target_prob.narrow(time, 1, T - 1), nothing], time)
+        if not soft:
+            target = _next(target, len(batch) - 1, ignore_index)
+            target_prob = None if target_prob is None else _next(target_prob, len(batch) - 1, 0)
     hidden, N = input.reshape(math.prod(batch), D), math.prod(batch)
     if not K:
         y, q = target.reshape(N, *target.shape[axis:]), target_prob
@@ -130,6 +114,30 @@ def to_linear_rows(
     weights, targets = linear_weight.flatten(1, -2).unbind(1), target.flatten(at).unbind(at)
     heads = zip(weights, each(linear_bias, 1), targets, each(target_prob, 2), strict=True)
     return LinearRows([HeadRows(hidden, W, b, y, q, weight) for W, b, y, q in heads], index, dtype, T)
+
+
+def _check_shape_of_target(target: Tensor, index: torch.Size, axis: int, C: int, candidates: bool) -> bool:
+    """Whether it holds probabilities; `index`: the shape of indices, into which classes come at `axis`."""
+    if candidates:
+        n = target.shape[axis] if target.dim() > len(index) else 0
+        if n == 0 or target.shape != (*index[:axis], n, *index[axis:]):
+            shape = str((*index[:axis], "K", *index[axis:])).replace("'", "")
+            raise ValueError(
+                f"target: expected shape {shape} for K >= 1 class indices per position, got {tuple(target.shape)}"
+            )
+        return False
+    probabilities = (*index[:axis], C, *index[axis:])
+    if target.shape not in (index, probabilities):
+        raise ValueError(
+            f"target: expected shape {tuple(index)} for indices or {probabilities} for probabilities, "
+            f"got {tuple(target.shape)}"
+        )
+    return target.shape == probabilities
+
+
+def _next(x: Tensor, dim: int, filler: int) -> Tensor:
+    """What the next position holds; the last one predicts nothing."""
+    return torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), torch.full_like(x.narrow(dim, 0, 1), filler)], dim)
 
 
 def _check_tensors(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:
