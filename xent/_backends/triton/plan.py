@@ -127,7 +127,8 @@ def compile_options(config: KernelConfig) -> dict[str, int]:
     extras = config.soft + config.wsum + config.capped + (config.entropy or config.argmax)
     out_of_step = 0 < config.out_align < config.x_align
     lean = extras == 0 and config.w_align == 0 and config.R == 1
-    many = extras + config.side_by_side + (config.real == tl.float64) > 1
+    alone = config.side_by_side and config.together == 1  # logits of odd images: as many addresses as numbers
+    many = alone or extras + config.side_by_side + (config.real == tl.float64) > 1
     limit = 255 if out_of_step or many else 64 if lean else 128
     found = {"num_warps": WARPS, "num_stages": 1, **FUSED}
     return found if torch.version.hip else {**found, "maxnreg": limit}
