@@ -106,7 +106,6 @@ class Loss(torch.autograd.Function):
             g = g.reshape(layout.A, layout.B)
         rows, out = layout.rows(input), layout.rows(input.detach()) if inplace else None
         found = losses_gradient(rows, target, tuple(numbers), ctx.found, g, spec, formula, out)
-        d_input = (
-            input.detach() if inplace else layout.restore(found, input.shape).data
-        )  # as of `operators.row_gradient`
+        # A tensor of its own and no view, as of `operators.direct_gradient`.
+        d_input = input.detach() if inplace else layout.restore(found, input.shape).data
         return d_input, None, None, None, None

@@ -31,21 +31,9 @@ def row_statistics(
 ) -> Stats:
     """`dispatch.row_statistics` of logits in their own shape; by way of the operator where there is no memory yet."""
     if not _torch.needs_operator(input, target, class_weight):
-        return direct_statistics(input, target, layout, spec, wanted, class_weight)
+        return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
     found = torch.ops.xent.row_statistics(input, target, class_weight, *layout, *spec, *wanted, False)
     return wanted.unpack(found, target.is_floating_point())
-
-
-def direct_statistics(
-    input: Tensor,
-    target: Tensor,
-    layout: Layout,
-    spec: RowSpec,
-    wanted: Wanted,
-    class_weight: Tensor | None,
-) -> Stats:
-    """The same, of tensors that are known to have memory."""
-    return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
 
 
 def row_gradient(
