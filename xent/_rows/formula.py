@@ -35,12 +35,9 @@ def loss_weights(
     if weight is None:
         return LossWeights(None, None, classes)
     weight = weight.detach()
-    total: float | Tensor = classes
-    if formula.label_smoothing > 0:  # else nothing asks for it
-        total = weight.sum(dtype=statistics_dtype(weight.device))
     of_targets = None if target.is_floating_point() else weight.to(statistics_dtype(weight.device))
     of_classes = objective.class_weight(weight, target, formula.label_smoothing, dtype)
-    return LossWeights(of_classes, of_targets, total)
+    return LossWeights(of_classes, of_targets, objective.weight_sum(weight, classes, formula))
 
 
 def losses(

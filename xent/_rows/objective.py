@@ -44,11 +44,13 @@ def class_terms(target: Tensor, weight: Tensor | None, classes: int, objective: 
     """Of class weights that are all held here."""
     if weight is None:
         return ClassTerms(classes, classes, None)
-    soft = target.is_floating_point()
-    weight_sum: float | Tensor = classes
-    if objective.label_smoothing > 0:  # else nothing asks for it
-        weight_sum = weight.sum(dtype=statistics_dtype(weight.device))
-    return ClassTerms(classes, weight_sum, None if soft else row_weights(target, weight, objective.ignore_index))
+    rows = None if target.is_floating_point() else row_weights(target, weight, objective.ignore_index)
+    return ClassTerms(classes, weight_sum(weight, classes, objective), rows)
+
+
+def weight_sum(weight: Tensor, classes: int, objective: Objective) -> float | Tensor:
+    """sum_c w_c, where the formula asks for it."""
+    return weight.sum(dtype=statistics_dtype(weight.device)) if objective.label_smoothing > 0 else classes
 
 
 def of_candidates(
