@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: each has a core, and so have those that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 
 import interpreter
@@ -43,7 +49,10 @@ def backends() -> list[str]:
     return [name for name, module in modules.items() if not isinstance(module, str) and not module.refusal(*rows)]
 
 
-@pytest.fixture(params=backends())
+EVERY_BACKEND = backends()  # before `backend` asks for one of them
+
+
+@pytest.fixture(params=EVERY_BACKEND)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test once on each backend. One that was asked for and is missing fails the test, with its reason."""
     module = _primitives.load(request.param)
@@ -55,14 +64,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def every_backend() -> list[str]:
     """Their names, for a test that gives all of them to one process."""
-    return backends()
+    return EVERY_BACKEND
 
 
 def kernels() -> list[str]:
     """The backends, and of the compiled one each instruction set that this machine has."""
     native = _primitives.load("native")
     sets = [] if isinstance(native, str) else [f"native {name}" for name in native._native.instruction_sets()]
-    return [kernel for name in backends() for kernel in ((name == "native" and sets) or [name])]
+    return [kernel for name in EVERY_BACKEND for kernel in ((name == "native" and sets) or [name])]
 
 
 @pytest.fixture(params=kernels())
@@ -103,3 +112,9 @@ def alone() -> Iterator[dist.ProcessGroup]:
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage, and need not be looked through each time that some is collected."""
+    gc.collect()
+    gc.freeze()

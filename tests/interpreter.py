@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fewer(few: int, many: int) -> int:
+    """How much of something a test needs: it takes the interpreter milliseconds a step."""
+    return few if INTERPRETED else many
+
 
 def round_to_nearest() -> None:
     """Make the interpreter round float32 to bfloat16 as torch does. Does nothing where nothing is interpreted."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not INTERPRETED:
         return
     try:
         from triton import language as tl

@@ -39,7 +39,9 @@ def pairs(**axes: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 def _named(axis: Axis) -> dict[str, Any]:
-    return dict(axis) if isinstance(axis, Mapping) else {str(value): value for value in axis}
+    if isinstance(axis, Mapping):
+        return dict(axis)
+    return {getattr(value, "__name__", str(value)): value for value in axis}
 
 
 def pairwise(**axes: Axis) -> pytest.MarkDecorator:
