@@ -85,6 +85,12 @@ def test_wrong_arguments_raise(arguments: tuple[Any, ...], options: dict[str, Te
         grad(x, y, *arguments, **options)
 
 
+@pytest.mark.parametrize("g", [v, v[:, None], v[:, None].expand(4, 2).to("meta")], ids=["one class", "K = 1", "meta"])
+def test_one_number_flows_back_to_each_candidate(g: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"g_picked: expected a CPU tensor of shape \(1, 4, 2\)"):
+        grad(x, y[:, None].expand(4, 2), v, v, v, g)
+
+
 def test_overlapping_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="memory of its own"):
         grad(big[:4, :5], y, v, v, v, v, out=big[1:5, :5])

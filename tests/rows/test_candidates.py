@@ -140,6 +140,29 @@ def test_primitives(
     assert inplace or x.nan_to_num(7.5).equal(before.nan_to_num(7.5))
 
 
+@pytest.mark.parametrize("ignored", [3, C], ids=["a class", "one more than there are"])
+@pytest.mark.parametrize("rows", [8, 300], ids=str)
+def test_an_ignore_index_of_0_or_more(backend: str, ignored: int, rows: int) -> None:
+    """It is as good as any other; where it is a class, that one is not picked."""
+    x, y, q = problem(rows)
+    y[y == 3] = 4
+    found, expected = (
+        xent.cross_entropy(x, y.where(y != -100, index), target_prob=q, ignore_index=index) for index in (ignored, -100)
+    )
+    assert found.equal(expected)
+    y, spec = y.where(y != -100, ignored)[None], RowSpec(ignore_index=ignored)
+    stats = dispatch.row_statistics(x[None], y, spec, Wanted())
+    assert stats.picked[y == ignored].eq(0).all()
+
+
+def test_a_masked_candidate_has_no_entropy(backend: str) -> None:
+    x, y, _ = problem()
+    x[2, y[2, 0]] = -torch.inf
+    leaf = x[:7].requires_grad_()
+    xent.token_stats(leaf, y[:7], entropy=True).entropy.sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
 def test_token_stats() -> None:
     """Each candidate's log-probability is the one that it has alone, and so is its gradient."""
     x, y, _ = problem()

@@ -1,8 +1,10 @@
 """Index targets of K classes per position, (A, B, K): what is done besides a pass over the logits, K numbers per row.
 
-The pass itself is a backend's, which knows one class per row. It is given one that nobody holds, so that it picks
+The pass itself is that of a backend which knows one class per row. It is given one that nobody holds, so that it picks
 nothing and corrects nothing. Here the K logits are gathered, before a gradient may be written over them, and the K
 entries of the gradient are written again, each rounded once. A row whose candidates are all ignored is ignored.
+
+A backend with `TAKES_CANDIDATES` does all that in its own pass, while a row is in the caches.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def row_statistics(
 ) -> Stats:
     """`dispatch.row_statistics` by way of `run`, that of a backend; `picked` is (A, B, K)."""
     check_range(target, spec.classes or 0, spec.ignore_index)
-    stats = run(logits, *_nobody(target, spec), wanted, class_weight)
+    stats = run(logits, *_nobody(target, spec, logits.shape[2]), wanted, class_weight)
     at, elsewhere = _local(target, spec, logits.shape[2])
     z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(stats.top.dtype)
     return stats._replace(picked=(z - stats.top[..., None]).masked_fill_(elsewhere, 0))
@@ -47,7 +49,7 @@ def row_gradient(
     at, elsewhere = _local(target, spec, logits.shape[2])
     at, order = at.sort(2)
     z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(lse.dtype)  # before `out` is written
-    y, given = _nobody(target, spec)
+    y, given = _nobody(target, spec, logits.shape[2])
     of_pass = upstream._replace(picked=torch.zeros_like(top[:1, :1]).expand_as(top))
     found = run(logits, y, top, lse, of_pass, given, class_weight, out)
 
@@ -62,9 +64,9 @@ def row_gradient(
     return found.scatter_(2, at, d.to(found.dtype))
 
 
-def _nobody(target: Tensor, spec: RowSpec) -> tuple[Tensor, RowSpec]:
+def _nobody(target: Tensor, spec: RowSpec, C: int) -> tuple[Tensor, RowSpec]:
     """A target (A, B) that no shard holds, or the one to ignore; and a spec by which it is in range."""
-    classes = spec.classes or 0
+    classes = spec.classes or spec.start + C
     y = classes + (classes == spec.ignore_index)
     counts = rows_that_count(target, spec.ignore_index)
     return torch.where(counts, y, spec.ignore_index), spec._replace(classes=classes + 2)

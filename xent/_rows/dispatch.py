@@ -31,7 +31,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -65,10 +67,7 @@ def row_statistics(
         spec = RowSpec(*spec[:4], logits.shape[2] + spec.start)
     if logits.numel() == 0:
         return _no_logits(logits, target, spec, wanted)
-    if has_candidates(target):
-        run = backend_for(logits, target[..., 0]).row_statistics
-        return candidates.row_statistics(run, logits, target, spec, wanted, class_weight)
-    return backend_for(logits, target).row_statistics(logits, target, spec, wanted, class_weight)  # type: ignore[no-any-return]
+    return _function("row_statistics", logits, target)(logits, target, spec, wanted, class_weight)  # type: ignore[no-any-return]
 
 
 def row_gradient(
@@ -93,11 +92,8 @@ def row_gradient(
     """
     if logits.numel() == 0:
         return torch.empty_like(logits) if out is None else out
-    arguments = (logits, target, top, lse, upstream, spec, class_weight, out)
-    if has_candidates(target):
-        found = candidates.row_gradient(backend_for(logits, target[..., 0]).row_gradient, *arguments)
-    else:
-        found = backend_for(logits, target).row_gradient(*arguments)
+    run = _function("row_gradient", logits, target)
+    found: Tensor = run(logits, target, top, lse, upstream, spec, class_weight, out)
     if out is not None:  # whoever saved the old values for backward finds out, as after any in-place operation
         torch.autograd.graph.increment_version(out)
     return found
@@ -151,6 +147,15 @@ def gather_sums(
         return rows.new_zeros(len(ends), rows.shape[1], dtype=dtype)
     module = _with("gather_sums", backend_for(rows[None], index[:1].expand(1, len(rows))))
     return module.gather_sums(ends, index, coefficient, rows, dtype)  # type: ignore[no-any-return]
+
+
+def _function(name: str, logits: Tensor, target: Tensor) -> Callable[..., Any]:
+    """That of the backend; by way of `candidates` if it knows one class per row, and the target has several."""
+    if not has_candidates(target):
+        return getattr(backend_for(logits, target), name)  # type: ignore[no-any-return]
+    module = backend_for(logits, target[..., 0])
+    run = getattr(module, name)
+    return run if hasattr(module, "TAKES_CANDIDATES") else functools.partial(getattr(candidates, name), run)
 
 
 def _with(primitive: str, module: ModuleType) -> ModuleType:

@@ -59,7 +59,7 @@ def of_candidates(
     """As of a distribution with probability q_k on each of K candidates (A, B, K), and 0 on all other classes."""
     k = q.to(stats.lse.dtype).masked_fill(target == ignore_index, 0)
     k = k if terms.row_weight is None else k * terms.row_weight
-    picked = stats.picked.masked_fill((k == 0) & stats.picked.isinf(), 0)  # not 0 * inf
+    picked = stats.picked.masked_fill((k == 0) & (stats.picked == -torch.inf), 0)  # not 0 * inf
     return stats._replace(picked=(k * picked).sum(2), mass=k.sum(2)), terms._replace(row_weight=None)
 
 
@@ -70,7 +70,7 @@ def candidate_upstream(
     ignored, g = target == ignore_index, upstream.picked[..., None]
     g = g if terms.row_weight is None else g * terms.row_weight
     g_picked = (g * q).masked_fill(ignored, 0)
-    picked = stats.picked.masked_fill((g_picked == 0) & stats.picked.isinf(), 0)  # as above
+    picked = stats.picked.masked_fill((g_picked == 0) & (stats.picked == -torch.inf), 0)  # as above
     return upstream._replace(picked=g_picked), (g * (picked - stats.lse[..., None])).masked_fill(ignored, 0)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import _torch
-from ..._records import LossWeights, Objective, RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
+from ..._records import LossWeights, Objective, RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype, has_candidates
 from .. import advise_huge_pages, check_range
 from .checks import (
     FLOAT64,
@@ -25,6 +25,7 @@ from .checks import (
     gradient_memory,
     kind_of,
     loss_weights,
+    per_candidate,
     per_row,
     strided,
     taken,
@@ -42,6 +43,7 @@ except ImportError as error:
 ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"
 NUMBERS = ("top", "lse", "g_lse", "g_picked", "g_wsum", "g_entropy")
 SLOTS = 1 << 18  # entries of the rows that are sampled in one call
+TAKES_CANDIDATES = True  # several classes per row, (A, B, K)
 THREADED = 1 << 16  # logits: fewer are done before other threads have woken up
 
 
@@ -56,7 +58,9 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
     kind = taken(logits, target)
     weight = weight_per_class("class_weight", class_weight, logits, compute_dtype(logits))
     stats = wanted.unpack(wanted.empty(logits, target), kind >= SOFT)
-    bad = _native.statistics(*_read(logits, target, kind, spec, weight), spec.classes, *map(_address, stats))
+    bad = _native.statistics(
+        *_read(logits, target, kind, spec, weight), spec.classes, *map(_address, stats), *_candidates(target, None)
+    )
     if bad:
         check_range(target, spec.classes or 0, spec.ignore_index)  # raises
     return stats
@@ -73,12 +77,15 @@ def row_gradient(
     out: Tensor | None,
 ) -> Tensor:
     """See `xent._rows.dispatch.row_gradient`."""
-    kind = taken(logits, target)
+    kind, candidates = taken(logits, target), None
+    if has_candidates(target):
+        candidates = per_candidate(upstream.picked, target), torch.empty(target.shape, dtype=FLOAT64)
+        upstream = upstream._replace(picked=candidates[0].new_zeros(1, 1).expand(logits.shape[:2]))
     weight = weight_per_class("class_weight", class_weight, logits, compute_dtype(logits))
     numbers = per_row(NUMBERS, (top, lse, *upstream), logits)
     fresh, out = out is None, gradient_memory(out, logits, target)
     _native.gradient(
-        *_read(logits, target, kind, spec, weight), *strided(numbers),
+        *_read(logits, target, kind, spec, weight), *strided(numbers), *_candidates(target, candidates),
         out.data_ptr(), *out.stride(), out.itemsize, fresh,
     )  # fmt: skip
     return out
@@ -186,6 +193,11 @@ def _read(logits: Tensor, target: Tensor, kind: int, spec: RowSpec, weight: Tens
         kind, spec.start, spec.ignore_index, spec.scale, spec.softcap or 0.0, _address(weight), LOGITS[logits.dtype],
         torch.get_num_threads() if A * B * C >= THREADED else 1,
     )  # fmt: skip
+
+
+def _candidates(target: Tensor, of_gradient: tuple[Tensor, Tensor] | None) -> tuple[int, ...]:
+    """How many, and for a gradient what flows back to each and memory for their scores; nothing for one class a row."""
+    return (target.shape[2], *map(_address, of_gradient or ())) if has_candidates(target) else ()
 
 
 def _formula(formula: Objective, held: tuple[Tensor | None, Tensor | None], weights: LossWeights) -> tuple[Any, ...]:

@@ -57,9 +57,15 @@ struct Formula {
     double divisor;
 };
 
+struct Candidates {
+    int64_t K;  //        0: each row has one class, and not several
+    double* scores;  //   (N, K): z - top; 0 of one that is ignored, or held elsewhere
+    const double* g;  //  (N, K), of the gradient
+};
+
 struct Call {
     int64_t N, C;
-    Matrix logits, target;  // index targets have no class stride
+    Matrix logits, target;  // the class stride of an index target leads from one candidate to the next
     int64_t target_kind, start, ignore_index, classes;  // classes: of all shards
     double scale, softcap;  // softcap 0: none
     const void* weight;     // (C,) in the type of the arithmetic, or null
@@ -83,6 +89,8 @@ struct Call {
     Found* found;  // (N, parts), where parts > 1
 
     Formula formula;
+    Candidates candidates;
+    std::atomic<bool>* no_memory;  // for what a gradient of candidates needs
 
     struct Range {
         int64_t row, row_end, at, end;
@@ -94,9 +102,18 @@ struct Call {
     }
     bool soft() const { return target_kind >= FLOAT32; }
     bool has_wsum() const { return wsum || g_wsum.data || formula.eps > 0; }
-    int64_t y(int64_t row) const {
-        return target_kind == INT64 ? *target.at<int64_t>(row, 0) : *target.at<int32_t>(row, 0);
+    int64_t y(int64_t row, int64_t k) const {
+        return target_kind == INT64 ? *target.at<int64_t>(row, k) : *target.at<int32_t>(row, k);
     }
+    // Of a row with candidates, one that is held nowhere.
+    int64_t y(int64_t row) const {
+        if (!candidates.K) return y(row, 0);
+        for (int64_t k = 0; k < candidates.K; ++k)
+            if (y(row, k) != ignore_index) return start + C + (ignore_index == start + C);
+        return ignore_index;
+    }
+    bool picks_candidates() const { return candidates.K && !by_class && parts == 1; }  // row by row, in the caches
+    int64_t local(int64_t y) const { return y == ignore_index || y < start || y >= start + C ? -1 : y - start; }
     bool ignored(int64_t row) const { return !soft() && y(row) == ignore_index; }
 };
 
@@ -134,6 +151,8 @@ struct Kernels {
     const char* name;
     void (*statistics[4])(const Call&, int64_t task);
     void (*gradient[4])(const Call&, int64_t task);
+    void (*pick[4])(const Call&, int64_t task);  // of candidates
+    void (*put[4])(const Call&, int64_t task);
     void (*finish_parts)(const Call&);
     void (*exp32)(const float* t, float* out, int64_t n);
     void (*exp64)(const double* t, double* out, int64_t n);

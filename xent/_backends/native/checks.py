@@ -35,8 +35,8 @@ def kind_of(logits: Tensor, target: Tensor) -> int | str:
         return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
     if kind >= SOFT and target.shape != shape:
         return f"takes probabilities of the shape of the logits {tuple(shape)}, got {tuple(target.shape)}"
-    if kind < SOFT and target.shape != shape[:2]:
-        return f"takes index targets of shape {tuple(shape[:2])}, got {tuple(target.shape)}"
+    if kind < SOFT and (target.shape[:2] != shape[:2] or target.dim() > 3):
+        return f"takes index targets of shape {tuple(shape[:2])}, or with K of them, got {tuple(target.shape)}"
     return kind
 
 
@@ -63,6 +63,16 @@ def per_row(names: Sequence[str], numbers: Sequence[Tensor | None], logits: Tens
                 x = x.contiguous()
         found.append(x)
     return found
+
+
+def per_candidate(g_picked: Tensor, target: Tensor) -> Tensor:
+    """(A, B, K), all side by side."""
+    if g_picked.shape != target.shape or not g_picked.is_cpu:
+        raise ValueError(
+            f"g_picked: expected a CPU tensor of shape {tuple(target.shape)}, got {tuple(g_picked.shape)} "
+            f"on {g_picked.device}"
+        )
+    return g_picked.resolve_neg().to(FLOAT64).contiguous()
 
 
 def strided(numbers: list[Tensor | None]) -> list[int]:

@@ -3,13 +3,14 @@
 // It knows nothing of torch, so that one binary serves every release of it and of Python; __init__.py checks the tensors
 // and hands over their addresses. Files: math.h one number, call.h one call, rows.h the passes over rows, loops.h their
 // inner loops, lanes.h and blocks.h the same for many rows at once, numbers.h what a row takes besides its logits,
-// threads.h who does what, memory.h how memory is asked for, samples.h, sparse.h and entries.h the sparse gradient;
-// and here the instruction sets and the Python functions.
+// threads.h who does what, memory.h how memory is asked for, candidates.h several classes per row, samples.h, sparse.h
+// and entries.h the sparse gradient; and here the instruction sets and the Python functions.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <cstdlib>
 #include <type_traits>
+#include <utility>
 
 #include "arguments.h"
 #include "call.h"
@@ -81,6 +82,14 @@ const Kernels* kernels;  // in use
 
 // ------------------------------------------------------------------------------------------------- the primitives
 
+// What a pass over the logits that does not take row by row leaves to do.
+void pass_of_candidates(void (*kernel)(const Call&, int64_t), const Call& call, unsigned threads) {
+    if (!call.candidates.K || call.picks_candidates()) return;
+    Call c = call;
+    c.rows_per_task = c.N / 64 + 1, c.parts = 1;
+    run(kernel, c, threads);
+}
+
 void statistics(Call& c, int64_t dtype, unsigned threads) {
     for (double* numbers : {c.top, c.lse, c.picked})
         if (numbers && c.N * 8 >= HUGE_PAGES) advise_huge_pages(Pages(numbers, c.N * 8));
@@ -88,6 +97,11 @@ void statistics(Call& c, int64_t dtype, unsigned threads) {
     c.found = found;
     run(kernels->statistics[dtype], c, threads);
     if (c.parts > 1) kernels->finish_parts(c);
+    pass_of_candidates(kernels->pick[dtype], c, threads);
+    const Candidates& of = c.candidates;
+    for (int64_t row = 0; row < c.N; ++row)
+        for (int64_t k = 0; k < of.K; ++k)
+            if (c.local(c.y(row, k)) >= 0) of.scores[row * of.K + k] -= c.top[row];
 }
 
 void write_number(double x, int64_t kind, void* out) {
@@ -125,7 +139,7 @@ constexpr int64_t TINY = 4096;  // logits: below, another thread does not wait l
 #include "entries.h"
 
 PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 27)) return nullptr;
+    if (wrong_count(count, count > 27 ? 28 : 27)) return nullptr;
     Arguments a{args};
     Call c = read_call(a);
     const int64_t dtype = a.integer(), threads = a.integer();
@@ -133,6 +147,7 @@ PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
     c.top = a.address<double>(), c.lse = a.address<double>(), c.picked = a.address<double>();
     c.mass = a.address<double>(), c.wsum = a.address<double>(), c.entropy = a.address<double>(), c.argmax = a.address<int64_t>();
     if (unreadable(c, {c.top, c.lse, c.picked})) return nullptr;
+    if (count > 27) c.candidates = {a.integer(), std::exchange(c.picked, nullptr), nullptr};
     PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
     std::atomic<bool> bad{false};
     c.bad = &bad;
@@ -190,18 +205,28 @@ PyObject* gradient(Call& c, int64_t dtype, int64_t threads, Arguments& a) {
     PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
     prepare_out(c, c.N * c.C * itemsize, fresh != 0);
     fresh ? cut_fresh(c, threads) : cut(c);
+    std::atomic<bool> no_memory{false};
+    c.no_memory = &no_memory;
+    pass_of_candidates(kernels->pick[dtype], c, unsigned(threads));
     run(kernels->gradient[dtype], c, unsigned(threads));
+    pass_of_candidates(kernels->put[dtype], c, unsigned(threads));
     if (state) PyEval_RestoreThread(state);
+    if (no_memory) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
 PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 37)) return nullptr;
+    if (wrong_count(count, count > 37 ? 40 : 37)) return nullptr;
     Arguments a{args};
     Call c = read_call(a);
     const int64_t dtype = a.integer(), threads = a.integer();
     c.top_in = a.per_row(), c.lse_in = a.per_row(), c.g_lse = a.per_row();
     c.g_picked = a.per_row(), c.g_wsum = a.per_row(), c.g_entropy = a.per_row();
+    if (count > 37) {
+        const int64_t K = a.integer();
+        const double* g = a.address<double>();
+        c.candidates = {K, a.address<double>(), g};
+    }
     return gradient(c, dtype, threads, a);
 }
 

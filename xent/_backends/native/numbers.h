@@ -20,14 +20,15 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
         const int64_t stride = c.target.row_stride;
         for (int k = 0; k < rows; ++k) y[k] = first[k * stride];
     };
-    if (!in_step(c.target, row, rows)) {
+    if (c.candidates.K || !in_step(c.target, row, rows)) {
         for (int k = 0; k < rows; ++k) y[k] = c.y(row + k);
     } else if (c.target_kind == INT64) {
         read(c.target.at<int64_t>(row, 0));
     } else {
         read(c.target.at<int32_t>(row, 0));
     }
-    const int64_t ignore_index = c.ignore_index, start = c.start, classes = c.classes;
+    const int64_t ignore_index = c.ignore_index, start = c.start;
+    const int64_t classes = c.candidates.K ? start + c.C + 2 : c.classes;  // each candidate is checked by itself
     bool bad = false, ignored = false;
 #pragma omp simd reduction(| : bad, ignored)
     for (int k = 0; k < rows; ++k) {

@@ -18,6 +18,7 @@ using Compute = decltype(widen(T{}));
 #include "lanes.h"
 #include "numbers.h"
 #include "blocks.h"
+#include "candidates.h"
 
 // ------------------------------------------------------------------------------------------------- chunks
 
@@ -135,6 +136,7 @@ LOOP void statistics_by_row(const Call& c, int64_t task, int64_t row, int rows, 
     targets_of(c, row, rows, y);
     for (int k = 0; k < rows; ++k) {
         const Found found = y[k] == IGNORED ? Found() : scan<T>(c, row + k, y[k], at, end);
+        if (c.picks_candidates()) pick_row<T>(c, row + k);
         if (c.parts > 1) return void(c.found[task] = found);
         put_found(found, k, all, argmax);
     }
@@ -163,13 +165,17 @@ LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, i
     for (int k = 0; k < rows; ++k) z_y[k] = begin <= y[k] && y[k] < end ? F(widen(*c.logits.at<T>(row + k, y[k]))) : 0;
     c.softcap == 0 ? convert(z_y, rows, F(c.scale), z_y) : convert_capped(z_y, rows, F(c.scale), F(c.softcap), z_y);
     if (!c.soft()) entries_of_targets(c, row, rows, y, z_y, of, value);
+    SumsOfEquals sums(c.picks_candidates() ? c.candidates.K : 0);
+    if (c.picks_candidates() && !sums.entries) return void(*c.no_memory = true);
     for (int k = 0; k < rows; ++k) {
         if (y[k] == IGNORED) {
             clear<T>(c, row + k, begin, end);
             continue;
         }
         if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row + k, begin)), (end - begin) * int64_t(sizeof(T)));
+        if (sums.entries) pick_row<T>(c, row + k);
         for (int64_t at = begin; at < end; at += CHUNK) gradient_chunk<T>(c, row, k, at, chunk(end - at), of);
+        if (sums.entries) put_row<T>(c, row + k, sums);
         if (!c.soft() && begin <= y[k] && y[k] < end) narrow(value[k], *c.out.at<T>(row + k, y[k]));
     }
 }
@@ -199,6 +205,8 @@ constexpr Kernels KERNELS = {
     NAME,
     {statistics<float>, statistics<BFloat16>, statistics<Float16>, statistics<double>},
     {gradient<float>, gradient<BFloat16>, gradient<Float16>, gradient<double>},
+    {pick_rows<float>, pick_rows<BFloat16>, pick_rows<Float16>, pick_rows<double>},
+    {put_rows<float>, put_rows<BFloat16>, put_rows<Float16>, put_rows<double>},
     finish_parts,
     exp_all<float>,
     exp_all<double>,
