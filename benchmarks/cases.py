@@ -3,11 +3,9 @@
 - `Case`: cross-entropy from logits. Bytes: forward must read the logits once; backward must read them again and write
   the gradient: 3 bytes for a byte of logits. Of an ignored row only the zeros of the gradient are needed: 1.
   `logits.clone()` and `copy_` read once and write once: 2. On CPU the first write to new memory costs page faults,
-  often more than the copy itself: `logits.clone()` has them and `copy_` into old memory has not. (Below 32 MiB glibc
-  hands out old memory again, and nobody has them.)
+  often more than the copy itself: `clone()` has them, but not below 32 MiB, where glibc hands out old memory again.
 - `Linear`: a head and its loss together, from hidden states (N, D) and a weight (C, D), with the gradients of both.
-  The limit is three bare matrix products, which any implementation that keeps the logits' gradient out of memory has
-  to do (`reduction="none"` four).
+  The limit is three bare matrix products (`reduction="none"`: four), with the logits' gradient kept out of memory.
 - `Sparse`: a head with a sparse gradient. The limit is one bare product.
 - `Small`: a few rows, where the call itself is what takes the time, once for each of OPTIONS.
 """

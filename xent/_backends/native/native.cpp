@@ -4,7 +4,7 @@
 // and hands over their addresses. Files: math.h one number, call.h one call, rows.h the passes over rows, loops.h their
 // inner loops, lanes.h and blocks.h the same for many rows at once, numbers.h what a row takes besides its logits,
 // threads.h who does what, memory.h how memory is asked for, candidates.h several classes per row, samples.h, sparse.h
-// and entries.h the sparse gradient; and here the instruction sets and the Python functions.
+// and entries.h the sparse gradient, settings.h what is no call; and here the instruction sets and the Python functions.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -245,50 +245,7 @@ PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count)
     return gradient(c, dtype, threads, a);
 }
 
-// (address of the entry point, whether it is kmpc's)
-PyObject* py_use_openmp(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 2)) return nullptr;
-    void* address = PyLong_AsVoidPtr(args[0]);
-    if (PyErr_Occurred()) return nullptr;
-    const bool kmpc = PyObject_IsTrue(args[1]) == 1;
-    gomp_parallel = kmpc ? nullptr : bits<decltype(gomp_parallel)>(address);
-    kmpc_fork_call = kmpc ? bits<decltype(kmpc_fork_call)>(address) : nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject* py_instruction_sets(PyObject*, PyObject*) {
-    const Kernels* sets[3];
-    const int n = available(sets);
-    PyObject* names = PyTuple_New(n);
-    for (int i = 0; names && i < n; ++i) PyTuple_SetItem(names, i, PyUnicode_FromString(sets[i]->name));
-    return names;
-}
-
-// Take the instruction set of this name; returns the name of the one in use before. For tests.
-PyObject* py_use(PyObject*, PyObject* name) {
-    const Kernels* sets[3];
-    const Kernels* before = kernels;
-    for (int i = available(sets) - 1; i >= 0; --i)
-        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, sets[i]->name) == 0) {
-            kernels = sets[i];
-            return PyUnicode_FromString(before->name);
-        }
-    return PyErr_Format(PyExc_ValueError, "expected an instruction set of this machine, got %R", name);
-}
-
-// exp of float32 (or float64) numbers, for tests: (address of numbers, address of results, count, bytes per number)
-PyObject* py_exp(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 4)) return nullptr;
-    Arguments a{args};
-    void *t = a.address<void>(), *out = a.address<void>();
-    const int64_t n = a.integer(), itemsize = a.integer();
-    if (PyErr_Occurred()) return nullptr;
-    if (itemsize == 4)
-        kernels->exp32(static_cast<float*>(t), static_cast<float*>(out), n);
-    else
-        kernels->exp64(static_cast<double*>(t), static_cast<double*>(out), n);
-    Py_RETURN_NONE;
-}
+#include "settings.h"
 
 using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
