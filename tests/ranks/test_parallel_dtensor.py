@@ -154,7 +154,7 @@ def test_probabilities(ranks: Ranks, dims: int, reduction: str) -> None:
 
 def tokens(group: ProcessGroup, placements: Placements) -> None:
     mesh = mesh_of(group, len(placements))
-    x, y = data((5, 7), 1)
+    x, y = data((5, 7, 3), 1)
     logits = distribute_tensor(x, mesh, placements, src_data_rank=None).requires_grad_()
     target = distribute_tensor(y, mesh, without(placements, 1), src_data_rank=None)
     stats = xent.token_stats(logits, target, entropy=True, prediction=True)
@@ -176,7 +176,7 @@ def tokens(group: ProcessGroup, placements: Placements) -> None:
     torch.testing.assert_close(loss.full_tensor(), xent.cross_entropy(x, several, dim=1, target_prob=q.full_tensor()))
 
 
-@pytest.mark.parametrize("placements", [(S(1),), (S(0), S(1))], ids=str)
+@pytest.mark.parametrize("placements", [(S(1),), (S(0), S(1)), (S(1), S(2))], ids=str)
 def test_token_stats(ranks: Ranks, placements: Placements) -> None:
     ranks.run(tokens, 2 * len(placements), placements)
 
