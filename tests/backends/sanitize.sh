@@ -7,7 +7,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cp -r "$root"/{setup.py,pyproject.toml,xent} "$work"
+cp -r "$root"/{setup.py,pyproject.toml,README.md,xent} "$work"
 rm -f "$work"/xent/_backends/native/_native.*.so
 cd "$work"
 export CC=${CC:-gcc} CXX=${CXX:-g++}
@@ -19,5 +19,6 @@ LDFLAGS="-fsanitize=address,undefined" \
 export LD_PRELOAD="$($CC -print-file-name=libasan.so) $($CXX -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH=$work XENT_BACKEND=native PYTHONMALLOC=malloc  # so that every Python object lies between guards as well
-python -m pytest -q -p no:cacheprovider --rootdir "$work" -c "$work/pyproject.toml" \
-    "$root"/tests/backends/test_{native,native_calls,primitives,primitives_edges,layouts}.py "$@"
+python -m pytest -n 0 -q -p no:cacheprovider --rootdir "$work" -c "$work/pyproject.toml" \
+    "$root"/tests/backends/test_{native,native_calls,native_formula,primitives,primitives_edges,layouts}.py \
+    "$root"/tests/rows/test_candidates.py "$@"
