@@ -103,6 +103,15 @@ def test_inplace_backward_cannot_be_differentiated_again() -> None:
     assert x.detach().equal(before)
 
 
+def test_inplace_backward_of_several_gradients_at_once_raises() -> None:
+    x, y = batch(6, 5)
+    before = x.detach().clone()
+    loss = xent.cross_entropy(x, y, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="inplace_backward: expected one gradient"):
+        torch.autograd.grad(loss, x, torch.ones(2), is_grads_batched=True)
+    assert x.equal(before)
+
+
 @pytest.mark.parametrize("shared", ["rows", "classes"])
 @pytest.mark.parametrize("ignored", [-100, 0], ids=["some ignored", "all rows count"])
 def test_inplace_backward_of_expanded_logits_raises(shared: str, ignored: int) -> None:
