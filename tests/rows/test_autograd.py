@@ -54,6 +54,13 @@ def test_each_row_has_its_own_upstream() -> None:
     assert not grad[2].any()
 
 
+def test_gradients_are_no_views() -> None:
+    """Autograd adds the next gradient in place to a tensor that has its memory alone."""
+    x, y = batch(2, 3, 5)
+    for loss in (xent.cross_entropy(x, y), xent.token_stats(x, y).log_prob.sum()):
+        assert torch.autograd.grad(loss, x)[0]._base is None
+
+
 def test_no_gradient_asked_for() -> None:
     x, y = batch(6, 5)
     with torch.no_grad():
