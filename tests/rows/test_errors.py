@@ -106,6 +106,7 @@ WEIGHTS = [
     case("list", TypeError, "weight: expected a Tensor or None, got list", weight=[1.0] * 5),
     case("too short", ValueError, "weight: expected shape (5,), one number per class, got (4,)", weight=torch.ones(4)),
     case("2-D", ValueError, "weight: expected shape (5,), one number per class, got (1, 5)", weight=torch.ones(1, 5)),
+    case("tall", ValueError, "weight: expected shape (5,), one number per class, got (5, 1)", weight=torch.ones(5, 1)),
     case("0-d", ValueError, "weight: expected shape (5,), one number per class, got ()", weight=torch.tensor(1.0)),
     case(
         "integer",
