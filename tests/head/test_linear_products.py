@@ -66,13 +66,14 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def results(function: Any, h: Tensor, W: Tensor, y: Tensor, reduction: str, **options: Any) -> list[Tensor]:
     """The losses and their gradients."""
-    losses = function(h, W, y, reduction=reduction, **options)
+    b = W.new_zeros(len(W)).requires_grad_()
+    losses = function(h, W, y, linear_bias=b, reduction=reduction, **options)
     upstream = torch.linspace(0.5, 1.5, losses.numel()).view(losses.shape).to(losses)
-    return [losses.detach(), *torch.autograd.grad(losses, (h, W), upstream)]
+    return [losses.detach(), *torch.autograd.grad(losses, (h, W, b), upstream)]
 
 
-def plain(h: Tensor, W: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return F.cross_entropy(F.linear(h, W), y, **options)
+def plain(h: Tensor, W: Tensor, y: Tensor, linear_bias: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(F.linear(h, W, linear_bias), y, **options)
 
 
 def statistics(function: Any, h: Tensor, W: Tensor, y: Tensor) -> list[Tensor]:
@@ -125,10 +126,11 @@ def test_float32_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     """Wherever half-precision products do not write the logits, these are exact to float32 rounding."""
     monkeypatch.setattr(_torch, "cpu_multiplies", lambda dtype: False)
     h, W, y = batch(dtype)
-    stats = xent.linear_token_stats(h, W, y, max_bytes=BLOCKS)
-    log_p = (h.double() @ W.double().T).log_softmax(1)
+    b = torch.randn(len(W)).to(dtype)
+    stats = xent.linear_token_stats(h, W, y, linear_bias=b, max_bytes=BLOCKS)
+    log_p = (h.double() @ W.double().T + b.double()).log_softmax(1)
     torch.testing.assert_close(stats.log_prob.double(), log_p.gather(1, y[:, None])[:, 0], rtol=0, atol=1e-5)
-    loss = xent.linear_cross_entropy(h, W, y, max_bytes=BLOCKS, loss_dtype=torch.float32)
+    loss = xent.linear_cross_entropy(h, W, y, linear_bias=b, max_bytes=BLOCKS, loss_dtype=torch.float32)
     torch.testing.assert_close(loss.double(), F.nll_loss(log_p, y), rtol=0, atol=1e-5)
 
 
