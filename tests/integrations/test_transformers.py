@@ -226,9 +226,10 @@ def test_refusals() -> None:
     model = tiny()
     model.lm_head.forward = model.lm_head.forward
     refused(model, "its head has a forward put over")
-    model = tiny()
-    model.lm_head.register_forward_hook(print)
-    refused(model, "forward hooks")
+    for register in (nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook):
+        model = tiny()
+        register(model.lm_head, print)
+        refused(model, "forward hooks")
 
 
 def test_a_head_replaced_afterwards_is_refused() -> None:
