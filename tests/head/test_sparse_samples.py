@@ -102,6 +102,19 @@ def test_a_shard_samples_its_own_softmax() -> None:
     assert ours[[2, 3], [0, 49]].gt(0).all()
 
 
+def test_numbers_that_lie_apart_are_read_as_they_are() -> None:
+    torch.manual_seed(0)
+    x, y, u = torch.randn(6, 50), torch.arange(6), torch.rand(6).double()
+    stats = dispatch.row_statistics(x[None], y[None], RowSpec(classes=50), Wanted())
+    rest = y[None], stats.top, stats.lse, u, RowSpec(classes=50), R
+    found, expected = (dispatch.row_samples(t[None], *rest) for t in (x.t().contiguous().t(), x))
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    ends, classes = expected.counts.cumsum(0), expected.classes
+    apart = torch.randn(3, 50).t()
+    sums = [dispatch.gather_sums(ends, classes, expected.p, t, torch.float32) for t in (apart, apart.contiguous())]
+    torch.testing.assert_close(*sums)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_keeps_its_target_alone(value: float) -> None:
     x, y = torch.zeros(2, 600), torch.tensor([3, 3])
