@@ -97,6 +97,8 @@ def test_overlapping_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="memory of its own"):
         grad(big[:4, :5], y, v, v, v, v, out=big.view(-1)[:20].view(4, 5))  # the same start, other rows
     with pytest.raises(ValueError, match="memory of its own"):
+        grad(big.view(-1)[:20].view(4, 5), y, v, v, v, v, out=big.view(-1)[19:39].view(4, 5))  # one number is in both
+    with pytest.raises(ValueError, match="memory of its own"):
         grad(x, big[:4, :5], v, v, v, v, out=big[:4, :5])
 
 
@@ -118,6 +120,15 @@ def test_other_dtypes_of_row_vectors_are_converted() -> None:
     expected = grad(x, y, *found, v, -v)
     assert grad(x, y, *found, v.float(), -v.half()).equal(expected)
     assert grad(x, y, *found, v, torch.complex(v, v).conj().imag).equal(expected)
+
+
+def test_numbers_that_are_yet_to_be_negated() -> None:
+    """Of one row and one class, whose stride is no reason for a copy."""
+    one, weight = torch.complex(v, v)[:1].conj().imag, torch.complex(big[0], big[0])[:1].conj().imag
+    found = stats_of(x[:1], y[:1])[:2]
+    assert grad(x[:1], y[:1], *found, one, one).equal(grad(x[:1], y[:1], *found, -v[:1], -v[:1]))
+    q = torch.ones(4, 1)
+    assert stats_of(x[:, :1], q, class_weight=weight).mass.equal(-big[0, :1].double().expand(4))
 
 
 def test_the_module_checks_its_own_arguments() -> None:

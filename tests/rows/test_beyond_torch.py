@@ -212,3 +212,20 @@ def test_autocast_gives_float32(reduction: str, dtype: torch.dtype) -> None:
     truth = oracle.true_loss_and_grad(x, y, reduction=reduction)
     oracle.assert_loss(loss, truth[0])
     oracle.assert_grad(grad, truth[1], y)
+
+
+def test_a_normalizer_that_is_a_tensor_divides_before_the_one_rounding() -> None:
+    x, y = oracle.rows(torch.bfloat16, N=64, C=40)
+    for n in range(50, 70):
+        found = xent.cross_entropy(x, y, normalizer=torch.tensor(float(n)))
+        assert found.equal((xent.cross_entropy(x.double(), y, reduction="sum") / n).bfloat16())
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_little_smoothing(create_graph: bool) -> None:
+    x, y = oracle.rows(torch.float64, N=4, C=9)
+    x.requires_grad_()
+    losses = [f(x, y, label_smoothing=0.01) for f in (xent.cross_entropy, F.cross_entropy)]
+    d, truth = (torch.autograd.grad(loss, x, create_graph=create_graph)[0] for loss in losses)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(d, truth)
