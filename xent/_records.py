@@ -28,9 +28,21 @@ class Layout(NamedTuple):
             x = x.movedim(self.axis, -1)
         return x.reshape(self.A, self.B, C)
 
+    def targets(self, target: Tensor, ndim: int) -> Tensor:
+        """The target of logits of `ndim` dimensions as rows: (A, B), or with K indices or C probabilities for each."""
+        return self.rows(target) if target.dim() == ndim else target.reshape(self.A, self.B)
+
+    def of_rows(self) -> Layout:
+        """That of the rows themselves, (A, B, C)."""
+        return Layout(2, self.A, self.B)
+
+    def positions(self, shape: torch.Size) -> torch.Size:
+        """The shape of one number per row."""
+        return shape[: self.axis] + shape[self.axis + 1 :]
+
     def restore(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """(A, B, n) in the shape of the logits, with n numbers in the place of the classes."""
-        positions = shape[: self.axis] + shape[self.axis + 1 :]
+        positions = self.positions(shape)
         found = rows.reshape(*positions, rows.shape[2])
         return found if self.axis == len(positions) else found.movedim(-1, self.axis)
 
@@ -41,8 +53,7 @@ class Layout(NamedTuple):
         """
         if not numbers.dim():
             return numbers
-        positions = shape[: self.axis] + shape[self.axis + 1 :]
-        return self.restore(numbers, shape) if numbers.dim() == 3 else numbers.view(positions)
+        return self.restore(numbers, shape) if numbers.dim() == 3 else numbers.view(self.positions(shape))
 
 
 class RowSpec(NamedTuple):
@@ -117,14 +128,6 @@ class Objective(NamedTuple):
     def wanted(self) -> Wanted:
         """The optional statistics that the formula reads."""
         return Wanted(wsum=self.label_smoothing > 0)
-
-
-class LossWeights(NamedTuple):
-    """The class weights, each where it counts, and their sum."""
-
-    of_classes: Tensor | None = None  #  (C,): for probabilities and label smoothing
-    of_targets: Tensor | None = None  #  (C,): of the class of an index target
-    sum: float | Tensor = 0.0
 
 
 class Upstream(NamedTuple):

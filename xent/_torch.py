@@ -19,7 +19,7 @@ from torch.utils import _python_dispatch
 # The dispatcher's keys of a plain tensor, on any device, and of a thread that nobody looks on at.
 _DEVICES = ("CPU", "CUDA", "HIP", "MPS", "XPU", "PrivateUse1")
 _PLAIN_NAMES = [prefix + device for prefix in ("", "Autograd", "Autocast") for device in _DEVICES]
-_PLAIN_NAMES += ["BackendSelect", "ADInplaceOrView", "Negative", "Conjugate"]
+_PLAIN_NAMES += ["BackendSelect", "ADInplaceOrView"]  # and not a view that is yet to be negated: not as it lies there
 
 
 def _key_set(names: list[str]) -> int:

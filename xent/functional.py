@@ -151,6 +151,7 @@ def cross_entropy(
     if group is None:
         batch_options = LossOptions(layout, spec, formula, inplace_backward)
         return loss(input, y, weight, normalizer, target_prob, batch_options)
+    y = layout.targets(y, input.dim())
     stats, terms = rank_stats(input, y, weight, group, layout, spec, formula.wanted, inplace_backward)
     if target_prob is not None:
         stats, terms = objective.of_candidates(stats, terms, y, target_prob, ignore_index)
@@ -280,6 +281,7 @@ def token_stats(
             raise ValueError(
                 f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
             )
+        y = layout.targets(y, input.dim())
     spec, wanted = RowSpec(ignore_index, logit_scale, softcap), Wanted(False, entropy, prediction)
     if group is None:
         stats = row_stats(input, y, layout, spec, wanted)

@@ -11,7 +11,7 @@ from pairs import pairwise
 from torch import Tensor
 
 from xent._backends import eager, native
-from xent._records import Objective, RowSpec
+from xent._records import Layout, Objective, RowSpec
 from xent._rows import dispatch, formula
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,12 +45,12 @@ def test_formula(
     x, y = x.view(shape), y.view(A, B, -1) if soft else y.view(A, B)
     objective, spec = Objective(dtype=torch.float64, **options), RowSpec(classes=C)
     weight = torch.rand(C, dtype=torch.float64) if weighted else None
-    weights = formula.loss_weights(weight, y, C, objective, torch.float64)
+    layout = Layout(2, A, B)
     g = torch.rand(A, B, dtype=torch.float64) if objective.reduction == "none" else torch.tensor(0.7)
 
     def find() -> tuple[Tensor, Tensor, Tensor]:
-        value, numbers, found = formula.losses(x, y, weights, None, spec, objective)
-        grad = formula.losses_gradient(x, y, numbers, found, g, spec, objective, None)
+        value, numbers, found = formula.losses(x, y, layout, weight, None, spec, objective)
+        grad = formula.losses_gradient(x, y, numbers, found, layout, weight, g, spec, objective, None)
         return value, torch.tensor(1.0 if found.divisor is None else float(found.divisor)), grad
 
     before = native._native.use(instructions)

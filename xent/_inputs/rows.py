@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """A batch as the primitives read it."""
 
     layout: Layout
-    target: Tensor  #  (A, B) or (A, B, K) int64 or int32, or (A, B, C) probabilities
+    target: Tensor  #  int64 or int32, or probabilities, in its own shape: see `Layout.targets`
     soft: bool
 
 
@@ -62,16 +62,18 @@ def read_batch(
     else:
         target = as_index(target, ignore_index)
 
-    numbers = (*shape, *strides, *target.shape, *(() if dim is None else (dim,)))
-    known = not torch.compiler.is_compiling() and all(type(n) is int for n in numbers)  # else symbols, or a wrong dim
-    layout, apart = (_known_layout if known else _layout)(shape, strides, target.shape, dim, candidates)
+    try:
+        find = _layout if torch.compiler.is_compiling() else _known_layout
+        layout, apart = find(shape, strides, target.shape, dim, candidates)
+    except TypeError:  # symbols, which have no hash; or a wrong `dim`
+        layout, apart = _layout(shape, strides, target.shape, dim, candidates)
     if inplace and not (apart and elements_are_apart(input)):
         raise RuntimeError(
             "inplace_backward: expected logits that are rows in memory of their own, got strides "
             f"{strides} for shape {tuple(shape)}, classes in dimension {layout.axis}: "
             "the gradient cannot be written over them"
         )
-    return Batch(layout, layout.rows(target) if soft or candidates else target.reshape(layout.A, layout.B), soft)
+    return Batch(layout, target, soft)
 
 
 def _layout(
@@ -83,7 +85,7 @@ def _layout(
     return Layout(axis, A, B), apart
 
 
-_known_layout = functools.lru_cache(maxsize=256)(_layout)
+_known_layout = functools.lru_cache(maxsize=256, typed=True)(_layout)  # `dim=True` is not 1
 
 
 def _split(positions: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, bool]:

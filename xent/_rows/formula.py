@@ -10,12 +10,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from .._records import LossWeights, Objective, RowSpec, statistics_dtype
-from . import dispatch, objective
-from .objective import ClassTerms
+from .._records import Layout, Objective, RowSpec, compute_dtype
+from . import dispatch, objective, operators
 
 Numbers = tuple[Any, ...]  # of each row: one tensor of the backend's own, or (top, lse, mass)
 
@@ -25,63 +23,56 @@ class Found(NamedTuple):
 
     backend: ModuleType | None  # None: by `objective`
     divisor: float | Tensor | None
-    weights: LossWeights
-
-
-def loss_weights(
-    weight: Tensor | None, target: Tensor, classes: int, formula: Objective, dtype: torch.dtype
-) -> LossWeights:
-    """The class weights as the formula reads them; `dtype`: of the logits' arithmetic."""
-    if weight is None:
-        return LossWeights(None, None, classes)
-    weight = weight.detach()
-    of_targets = None if target.is_floating_point() else weight.to(statistics_dtype(weight.device))
-    of_classes = objective.class_weight(weight, target, formula.label_smoothing, dtype)
-    return LossWeights(of_classes, of_targets, objective.weight_sum(weight, classes, formula))
 
 
 def losses(
-    logits: Float[Tensor, "A B C"],
-    target: Int[Tensor, "A B"] | Float[Tensor, "A B C"],
-    weights: LossWeights,
+    input: Tensor,
+    target: Tensor,
+    layout: Layout,
+    weight: Tensor | None,
     normalizer: float | None,
     spec: RowSpec,
     formula: Objective,
 ) -> tuple[Tensor, Numbers, Found]:
-    """The loss, (A, B) or reduced, and what its gradient needs."""
-    module = dispatch.backend_for(logits, target)
-    if hasattr(module, "losses") and logits.numel() > 0:
-        value, divisor, numbers = module.losses(logits, target, weights, normalizer, spec, formula)
-        return value, (numbers,), Found(module, divisor, weights)
-    stats = dispatch.row_statistics(logits, target, spec, formula.wanted, weights.of_classes)
-    value, divisor = objective.evaluate(stats, _terms(logits, target, weights, formula), target, normalizer, formula)
-    return value, (stats.top, stats.lse, stats.mass), Found(None, divisor, weights)
+    """The loss of logits and a target in their own shapes, of each row or reduced; and what its gradient needs."""
+    module = dispatch.backend_for(input, target)
+    if hasattr(module, "losses") and input.numel() > 0:
+        value, divisor, numbers = module.losses(input, target, layout, weight, normalizer, spec, formula)
+        return value, (numbers,), Found(module, divisor)
+    y, class_weight = layout.targets(target, input.dim()), _class_weight(input, target, weight, formula)
+    stats = dispatch.row_statistics(layout.rows(input), y, spec, formula.wanted, class_weight)
+    terms = objective.class_terms(y, weight, input.shape[layout.axis], formula)
+    value, divisor = objective.evaluate(stats, terms, y, normalizer, formula)
+    return layout.shaped(value, input.shape), (stats.top, stats.lse, stats.mass), Found(None, divisor)
 
 
 def losses_gradient(
-    logits: Float[Tensor, "A B C"],
-    target: Int[Tensor, "A B"] | Float[Tensor, "A B C"],
+    input: Tensor,
+    target: Tensor,
     numbers: Numbers,
     found: Found,
-    g: Float[Tensor, "A B"] | Float[Tensor, ""],
+    layout: Layout,
+    weight: Tensor | None,
+    g: Tensor,
     spec: RowSpec,
     formula: Objective,
-    out: Float[Tensor, "A B C"] | None,
-) -> Float[Tensor, "A B C"]:
-    """The gradient of sum(g * losses) / divisor with respect to the raw logits; `out` as in `dispatch.row_gradient`."""
-    module, divisor, weights = found
+    out: Tensor | None,
+) -> Tensor:
+    """The gradient of sum(g * losses) / divisor with respect to the raw logits, in their shape; or in `out`."""
+    module, divisor = found
     if module is not None:
-        grad = module.losses_gradient(logits, target, *numbers, weights, g, divisor, spec, formula, out)
+        grad: Tensor = module.losses_gradient(input, target, *numbers, layout, weight, g, divisor, spec, formula, out)
         if out is not None:
             torch.autograd.graph.increment_version(out)
-        return grad  # type: ignore[no-any-return]
+        return grad
     top, lse, mass = numbers
-    share = g.to(lse.dtype) if divisor is None else g.to(lse.dtype) / divisor
-    upstream = objective.row_upstream(top, lse, mass, _terms(logits, target, weights, formula), formula, share)
-    return dispatch.row_gradient(logits, target, top, lse, upstream, spec, weights.of_classes, out)
+    y, class_weight = layout.targets(target, input.dim()), _class_weight(input, target, weight, formula)
+    share = g.reshape(layout.A, layout.B) if g.dim() else g
+    share = share.to(lse.dtype) if divisor is None else share.to(lse.dtype) / divisor
+    terms = objective.class_terms(y, weight, input.shape[layout.axis], formula)
+    upstream = objective.row_upstream(top, lse, mass, terms, formula, share)
+    return operators.direct_gradient(input, y, top, lse, upstream, class_weight, layout, spec, out)
 
 
-def _terms(logits: Tensor, target: Tensor, weights: LossWeights, formula: Objective) -> ClassTerms:
-    of_targets = weights.of_targets
-    rows = None if of_targets is None else objective.row_weights(target, of_targets, formula.ignore_index)
-    return ClassTerms(logits.shape[2], weights.sum, rows)
+def _class_weight(input: Tensor, target: Tensor, weight: Tensor | None, formula: Objective) -> Tensor | None:
+    return objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _torch
 from .._records import Layout, Objective, RowSpec, compute_dtype, statistics_dtype
 from . import objective
-from .formula import loss_weights, losses, losses_gradient
+from .formula import losses, losses_gradient
 from .functions import row_stats
 
 
@@ -40,7 +40,7 @@ def loss(
     target_prob: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
-    """The loss of logits of any layout, whose target is already rows: (A, B), (A, B, C), or (A, B, K) with its q."""
+    """The loss of logits and a target in their own shapes; `target_prob` as rows, (A, B, K)."""
     tensors = (input, target, weight, normalizer if isinstance(normalizer, Tensor) else None)
     if target_prob is not None or _torch.needs_operator(*tensors) or _torch.needs_graph(*tensors):
         return loss_by_graph(input, target, weight, normalizer, options, target_prob)
@@ -57,6 +57,7 @@ def loss_by_graph(
 ) -> Tensor:
     """The same, differentiable any number of times in all its tensors."""
     layout, spec, formula, inplace = options
+    target = layout.targets(target, input.dim())
     w = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
     stats = row_stats(input, target, layout, spec, formula.wanted, w, inplace)
     terms = objective.class_terms(target, weight, input.shape[layout.axis], formula)
@@ -78,17 +79,16 @@ class Loss(torch.autograd.Function):
         options: LossOptions,
     ) -> Tensor:
         layout, spec, formula, _ = ctx.options = options
-        weights = loss_weights(weight, target, input.shape[layout.axis], formula, compute_dtype(input))
         tensor, given = (normalizer, 1.0) if isinstance(normalizer, Tensor) else (None, normalizer)
         if tensor is not None:  # divides at the end
             formula = formula._replace(dtype=statistics_dtype(input.device))
-        value, numbers, ctx.found = losses(layout.rows(input), target, weights, given, spec, formula)
+        value, numbers, ctx.found = losses(input, target, layout, weight, given, spec, formula)
         if tensor is not None:
             value = (value / tensor).to(options.formula.dtype)
         # It is saved even where it is not needed, to be seen if it changes.
         ctx.normalizer = None if tensor is not None else normalizer
         ctx.save_for_backward(input, target, weight, tensor, *numbers)
-        return layout.shaped(value, input.shape)
+        return value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,10 +102,6 @@ class Loss(torch.autograd.Function):
             return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
         if normalizer is not None:
             g = g.to(statistics_dtype(g.device)) / normalizer
-        if g.dim():
-            g = g.reshape(layout.A, layout.B)
-        rows, out = layout.rows(input), layout.rows(input.detach()) if inplace else None
-        found = losses_gradient(rows, target, tuple(numbers), ctx.found, g, spec, formula, out)
-        # A tensor of its own and no view, as of `operators.direct_gradient`.
-        d_input = input.detach() if inplace else layout.restore(found, input.shape).data
-        return d_input, None, None, None, None
+        out = input.detach() if inplace else None
+        d = losses_gradient(input, target, tuple(numbers), ctx.found, layout, weight, g, spec, formula, out)
+        return d, None, None, None, None

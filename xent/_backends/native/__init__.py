@@ -1,8 +1,7 @@
 """The two primitives in compiled C++ for CPU tensors: see native.cpp.
 
-The compiled part takes raw addresses, so everything that it relies on is checked here first, and a tensor that was
-made on the way is held in a variable until the call returns. It is meant to be cheap: one call on a small input costs
-a few microseconds, most of them in making the results.
+The compiled part checks what it is given, and writes into memory that is made here. It says NotImplemented where more
+than two strides lead to the rows of a tensor.
 """
 
 from __future__ import annotations
@@ -16,52 +15,55 @@ import torch
 from torch import Tensor
 
 from ... import _torch
-from ..._records import LossWeights, Objective, RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype, has_candidates
-from .. import advise_huge_pages, check_range
-from .checks import (
-    FLOAT64,
-    LOGITS,
-    SOFT,
-    gradient_memory,
-    kind_of,
-    loss_weights,
-    per_candidate,
-    per_row,
-    strided,
-    taken,
-    weight_per_class,
+from ..._records import (
+    Layout,
+    Objective,
+    RowSpec,
+    Samples,
+    Stats,
+    Upstream,
+    Wanted,
+    compute_dtype,
+    has_candidates,
 )
+from .. import advise_huge_pages, check_range, elements_are_apart
 
 try:
     _native: Any = importlib.import_module("._native", __name__)
-except ImportError as error:
+    _native.use_tensors(torch.Tensor)
+except (ImportError, AttributeError) as error:
     raise ImportError(
         f"the compiled extension does not load from {__path__[0]} ({error}). pip builds it where there is a C++17 "
         "compiler. In a checkout, install with `pip install -e .`; or start Python elsewhere after `pip install .`"
     ) from error
 
 ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"
-NUMBERS = ("top", "lse", "g_lse", "g_picked", "g_wsum", "g_entropy")
+FLOAT64 = torch.float64
+LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FLOAT64: 3}  # the order of `Kernels`
+TARGETS = {torch.int64, torch.int32, *LOGITS}
 SLOTS = 1 << 18  # entries of the rows that are sampled in one call
 TAKES_CANDIDATES = True  # several classes per row, (A, B, K)
-THREADED = 1 << 16  # logits: fewer are done before other threads have woken up
 
 
 def refusal(logits: Tensor, target: Tensor) -> str | None:
     """Why this backend cannot take these tensors."""
-    kind = kind_of(logits, target)
-    return kind if isinstance(kind, str) else None
+    if not (logits.is_cpu and target.is_cpu):
+        return f"takes CPU tensors, got logits on {logits.device} and target on {target.device}"
+    if logits.layout is not torch.strided or target.layout is not torch.strided:
+        return f"takes strided tensors, got logits {logits.layout} and target {target.layout}"
+    if logits.is_neg() or target.is_neg():
+        return "takes numbers as they lie in memory, got a view that is yet to be negated"
+    if logits.dtype not in LOGITS:
+        return f"takes float32, bfloat16, float16 and float64 logits, got {logits.dtype}"
+    if target.dtype not in TARGETS:
+        return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
+    return None
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
     """See `xent._rows.dispatch.row_statistics`."""
-    kind = taken(logits, target)
-    weight = weight_per_class("class_weight", class_weight, logits, compute_dtype(logits))
-    stats = wanted.unpack(wanted.empty(logits, target), kind >= SOFT)
-    bad = _native.statistics(
-        *_read(logits, target, kind, spec, weight), spec.classes, *map(_address, stats), *_candidates(target, None)
-    )
-    if bad:
+    stats = wanted.unpack(wanted.empty(logits, target), target.is_floating_point())
+    if _native.statistics(*_read(logits, target, spec), _plain(class_weight), *stats):
         check_range(target, spec.classes or 0, spec.ignore_index)  # raises
     return stats
 
@@ -77,45 +79,45 @@ def row_gradient(
     out: Tensor | None,
 ) -> Tensor:
     """See `xent._rows.dispatch.row_gradient`."""
-    kind, candidates = taken(logits, target), None
+    numbers = [_plain(x) for x in (top, lse, *upstream)]
     if has_candidates(target):
-        candidates = per_candidate(upstream.picked, target), torch.empty(target.shape, dtype=FLOAT64)
-        upstream = upstream._replace(picked=candidates[0].new_zeros(1, 1).expand(logits.shape[:2]))
-    weight = weight_per_class("class_weight", class_weight, logits, compute_dtype(logits))
-    numbers = per_row(NUMBERS, (top, lse, *upstream), logits)
-    fresh, out = out is None, gradient_memory(out, logits, target)
-    _native.gradient(
-        *_read(logits, target, kind, spec, weight), *strided(numbers), *_candidates(target, candidates),
-        out.data_ptr(), *out.stride(), out.itemsize, fresh,
-    )  # fmt: skip
+        numbers[3] = upstream.picked.resolve_neg().to(FLOAT64).contiguous()
+    fresh, out = out is None, _memory(out, logits, target)
+    _native.gradient(*_read(logits, target, spec), _plain(class_weight), *numbers, out, fresh)
     return out
 
 
 def losses(
-    logits: Tensor, target: Tensor, weights: LossWeights, normalizer: float | None, spec: RowSpec, formula: Objective
+    input: Tensor,
+    target: Tensor,
+    layout: Layout,
+    weight: Tensor | None,
+    normalizer: float | None,
+    spec: RowSpec,
+    formula: Objective,
 ) -> tuple[Tensor, float, Tensor]:
     """See `xent._rows.formula.losses`. The numbers: top, lse and, of probabilities, mass."""
-    kind, each, dtype = taken(logits, target), formula.reduction == "none", formula.dtype
-    held, shape = loss_weights(weights, logits), logits.shape
-    numbers = torch.empty((2 + (kind >= SOFT), shape[0], shape[1]), dtype=FLOAT64)
-    written = dtype if dtype in LOGITS and not each else FLOAT64
-    value = torch.empty(shape[:2] if each else (), dtype=written)
-    divisor = _native.losses(
-        *_read(logits, target, kind, spec, held[0]), *_formula(formula, held, weights), numbers.data_ptr(),
-        value.data_ptr() if each else 0, 0 if each else value.data_ptr(), LOGITS[written],
-        formula.reduction == "mean" and normalizer is None, formula.on_empty == "zero",
-        1.0 if normalizer is None else normalizer,
-    )  # fmt: skip
+    soft, dtype = target.is_floating_point(), formula.dtype
+    numbers = torch.empty((2 + soft, layout.A * layout.B), dtype=FLOAT64)
+    shape = () if formula.reduction != "none" else layout.positions(input.shape)
+    value = torch.empty(shape, dtype=dtype if dtype in LOGITS else FLOAT64)
+    threads = torch.get_num_threads()
+    divisor = _native.losses(input, target, layout, spec, threads, formula, weight, normalizer, numbers, value)
     if divisor is None:
-        check_range(target, shape[2], spec.ignore_index)  # raises
-    return value if written is dtype else value.to(dtype), divisor, numbers
+        check_range(target, input.shape[layout.axis], spec.ignore_index)  # raises
+    if divisor is NotImplemented:
+        rows = layout.rows(input), layout.targets(target, input.dim()), layout.of_rows()
+        value, divisor, numbers = losses(*rows, weight, normalizer, spec, formula)
+        return layout.shaped(value, input.shape), divisor, numbers
+    return value.to(dtype), divisor, numbers
 
 
 def losses_gradient(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
     numbers: Tensor,
-    weights: LossWeights,
+    layout: Layout,
+    weight: Tensor | None,
     g: Tensor,
     divisor: float,
     spec: RowSpec,
@@ -123,17 +125,16 @@ def losses_gradient(
     out: Tensor | None,
 ) -> Tensor:
     """See `xent._rows.formula.losses_gradient`."""
-    kind, held = taken(logits, target), loss_weights(weights, logits)
-    shape = logits.shape
-    if numbers.shape != (2 + (kind >= SOFT), *shape[:2]) or numbers.dtype is not FLOAT64 or not numbers.is_contiguous():
-        raise ValueError(f"numbers: expected what `losses` found, got {numbers.dtype} of shape {tuple(numbers.shape)}")
-    each = per_row(("g",), (g if g.dim() else None,), logits)
-    fresh, out = out is None, gradient_memory(out, logits, target)
-    _native.losses_gradient(
-        *_read(logits, target, kind, spec, held[0]), *_formula(formula, held, weights), numbers.data_ptr(),
-        *strided(each), 0.0 if g.dim() else g.item(), divisor, out.data_ptr(), *out.stride(), out.itemsize, fresh,
-    )  # fmt: skip
-    return out
+    fresh, memory = out is None, _memory(out, input, target)
+    done = _native.losses_gradient(
+        input, target, layout, spec, torch.get_num_threads(), formula, weight, numbers, g, divisor, memory, fresh
+    )
+    if done is NotImplemented:
+        rows = layout.rows(input), layout.targets(target, input.dim()), numbers, layout.of_rows()
+        g = g.reshape(layout.A, layout.B) if g.dim() else g
+        memory = losses_gradient(*rows, weight, g, divisor, spec, formula, out)
+        return layout.restore(memory, input.shape).data
+    return memory
 
 
 def row_samples(
@@ -148,13 +149,10 @@ def row_samples(
     step = max(1, SLOTS // slots)
     for part in (slice(at, at + step) for at in range(0, B, step)):
         x, y = logits[:, part], target[:, part]
-        numbers = per_row(NUMBERS, (top[:, part], lse[:, part]), x)
         classes = torch.empty(x.shape[1] * slots, dtype=torch.int32)
         p, counts = torch.empty(len(classes), dtype=dtype), torch.empty(x.shape[1], dtype=torch.int64)
-        _native.samples(
-            *_read(x, y, taken(x, y), spec, None), *strided(numbers),
-            uniform[part].data_ptr(), resolution, slots, classes.data_ptr(), p.data_ptr(), counts.data_ptr(),
-        )  # fmt: skip
+        numbers = top[:, part], lse[:, part], uniform[part]
+        _native.samples(*_read(x, y, spec), *numbers, resolution, slots, classes, p, counts)
         count = int(counts.sum())
         parts.append((counts, classes[:count].clone(), p[:count].clone()))
     return Samples(*map(torch.cat, zip(*parts, strict=True)))
@@ -181,27 +179,43 @@ def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, 
     return out
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _read(logits: Tensor, target: Tensor, spec: RowSpec) -> tuple[Any, ...]:
+    """What each call of a primitive begins with."""
+    return logits, target, Layout(2, *logits.shape[:2]), spec, torch.get_num_threads()
 
 
-def _read(logits: Tensor, target: Tensor, kind: int, spec: RowSpec, weight: Tensor | None) -> tuple[Any, ...]:
-    """What each call begins with. An index target has no class stride."""
-    A, B, C = logits.shape
-    return (
-        A, B, C, logits.data_ptr(), *logits.stride(), target.data_ptr(), *target.stride()[:2], target.stride(-1),
-        kind, spec.start, spec.ignore_index, spec.scale, spec.softcap or 0.0, _address(weight), LOGITS[logits.dtype],
-        torch.get_num_threads() if A * B * C >= THREADED else 1,
-    )  # fmt: skip
+def _plain(x: Tensor | None) -> Tensor | None:
+    """The numbers as they lie in memory."""
+    return None if x is None else x.resolve_neg()
 
 
-def _candidates(target: Tensor, of_gradient: tuple[Tensor, Tensor] | None) -> tuple[int, ...]:
-    """How many, and for a gradient what flows back to each and memory for their scores; nothing for one class a row."""
-    return (target.shape[2], *map(_address, of_gradient or ())) if has_candidates(target) else ()
+def _memory(out: Tensor | None, logits: Tensor, target: Tensor) -> Tensor:
+    """For a gradient: it may lie exactly over the logits, but over nothing else that is read, and not over itself."""
+    if out is None:
+        return torch.empty_like(logits)
+    if out.dtype is not logits.dtype or out.shape != logits.shape or not out.is_cpu or out.is_neg():
+        raise ValueError(
+            f"out: expected a {logits.dtype} CPU tensor of shape {tuple(logits.shape)}, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    if not elements_are_apart(out):
+        raise ValueError(f"out: expected elements that lie apart from each other, got strides {out.stride()}")
+    same = out.data_ptr() == logits.data_ptr() and out.stride() == logits.stride()
+    if (not same and _overlap(out, logits)) or (target.is_floating_point() and _overlap(out, target)):
+        raise ValueError("out: expected the logits themselves, or memory of its own")
+    return out
 
 
-def _formula(formula: Objective, held: tuple[Tensor | None, Tensor | None], weights: LossWeights) -> tuple[Any, ...]:
-    return formula.label_smoothing, formula.z_loss, float(weights.sum), _address(held[1])
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the spans of memory from the first to the last element meet."""
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    begin = x.data_ptr()
+    return begin, begin + (last + 1) * x.itemsize
 
 
 def _use_torch_openmp() -> None:

@@ -12,7 +12,14 @@
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-enum Target { INT64, INT32, FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };  // class indices, or probabilities
+enum Type { NO_TYPE, INT64, INT32, FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };  // class indices, and floating numbers
+
+inline double number(const void* data, Type type, int64_t at) {
+    if (type == FLOAT32) return static_cast<const float*>(data)[at];
+    if (type == BFLOAT16) return widen(static_cast<const BFloat16*>(data)[at]);
+    if (type == FLOAT16) return widen(static_cast<const Float16*>(data)[at]);
+    return static_cast<const double*>(data)[at];
+}
 
 struct Matrix {  // (A, B, C) with any strides, of a type that the code knows; a row is one of A B, B after B
     void* data;
@@ -26,11 +33,15 @@ struct Matrix {  // (A, B, C) with any strides, of a type that the code knows; a
     }
 };
 
-struct PerRow {  // one number per row, or the same for all; without data 0
-    const double* data;
-    bool same;
-    double operator[](int64_t row) const { return data ? data[same ? 0 : row] : 0; }
+struct PerRow {  // one floating number per row; without data 0
+    const void* data;
+    Type type;
+    Matrix at;  // its data is not used
+    double operator[](int64_t row) const { return data ? number(data, type, at.offset(row)) : 0; }
 };
+
+inline PerRow one_after_the_other(const double* data, int64_t N) { return {data, FLOAT64, {nullptr, N, 0, 1, 0}}; }
+inline PerRow the_same(const double* x, int64_t N) { return {x, FLOAT64, {nullptr, N, 0, 0, 0}}; }
 
 // The sums over the classes seen so far of one row, in terms of t = z - max.
 struct Found {
@@ -47,7 +58,9 @@ struct Formula {
     double eps, z_loss, weight_sum;
     const double* row_weight;  // (C,): of the row's target, or null
 
-    double* losses;  // of each row, or null
+    bool empty;                // a mean of no rows is 0
+    char* losses;              // of each row, or null
+    Type losses_type;
     struct Sums {
         double loss, weight;
         int64_t rows;
@@ -66,7 +79,8 @@ struct Candidates {
 struct Call {
     int64_t N, C;
     Matrix logits, target;  // the class stride of an index target leads from one candidate to the next
-    int64_t target_kind, start, ignore_index, classes;  // classes: of all shards
+    Type type, target_kind;  // of the logits, and of the target
+    int64_t start, ignore_index, classes;  // classes: of all shards
     double scale, softcap;  // softcap 0: none
     const void* weight;     // (C,) in the type of the arithmetic, or null
 

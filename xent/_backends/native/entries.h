@@ -8,20 +8,26 @@ const SparseKernels& sparse_kernels() {
     return baseline::SPARSE;
 }
 
+// (..., top, lse, uniform, resolution, slots, and memory: classes, p, counts)
 PyObject* py_samples(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 29)) return nullptr;
+    if (wrong_count(count, 13)) return nullptr;
     Arguments a{args};
+    Read read{};
+    if (!read_call(a, read)) return nullptr;
     SampleCall c{};
-    static_cast<Call&>(c) = read_call(a);
-    const int64_t dtype = a.integer(), threads = a.integer();
-    c.top_in = a.per_row(), c.lse_in = a.per_row();
-    c.uniform = a.address<double>(), c.resolution = a.real(), c.slots = a.integer();
-    c.classes = a.address<int32_t>(), c.kept = a.address<void>(), c.counts = a.address<int64_t>();
-    if (unreadable(c, {c.top_in.data, c.lse_in.data, c.uniform, c.classes, c.kept, c.counts})) return nullptr;
+    static_cast<Call&>(c) = read;
+    c.top_in = per_row(read, a.tensor("top")), c.lse_in = per_row(read, a.tensor("lse"));
+    c.uniform = results<double>(a.tensor("uniform"), c.N, FLOAT64);
+    c.resolution = a.real(), c.slots = a.integer();
+    c.classes = results<int32_t>(a.tensor("classes"), c.N * c.slots, INT32);
+    c.kept = results<void>(a.tensor("p"), c.N * c.slots, read.doubles() ? FLOAT64 : FLOAT32);
+    c.counts = results<int64_t>(a.tensor("counts"), c.N, INT64);
+    if (!read.fits || c.logits.class_stride != 1) unexpected(read.x, "rows whose classes lie side by side");
+    if (PyErr_Occurred()) return nullptr;
     PyThreadState* state = PyEval_SaveThread();
     c.rows_per_task = 1, c.parts = 1, c.classes_per_task = c.C;
-    run(sparse_kernels().samples[dtype], c, unsigned(threads));
-    pack(c, dtype == 3 ? 8 : 4);
+    run(sparse_kernels().samples[read.dtype()], c, read.threads);
+    pack(c, read.doubles() ? 8 : 4);
     PyEval_RestoreThread(state);
     Py_RETURN_NONE;
 }

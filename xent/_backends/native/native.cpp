@@ -1,7 +1,7 @@
-// The module xent._backends.native._native: the two primitives for CPU tensors, called with addresses and numbers.
+// The module xent._backends.native._native: the two primitives for CPU tensors.
 //
-// It knows nothing of torch, so that one binary serves every release of it and of Python; __init__.py checks the tensors
-// and hands over their addresses. Files: math.h one number, call.h one call, rows.h the passes over rows, loops.h their
+// It knows of torch nothing but DLPack, so that one binary serves every release of it and of Python. Files: tensors.h what
+// Python hands over, math.h one number, call.h one call, rows.h the passes over rows, loops.h their
 // inner loops, lanes.h and blocks.h the same for many rows at once, numbers.h what a row takes besides its logits,
 // threads.h who does what, memory.h how memory is asked for, candidates.h several classes per row, samples.h, sparse.h
 // and entries.h the sparse gradient, settings.h what is no call; and here the instruction sets and the Python functions.
@@ -12,11 +12,11 @@
 #include <type_traits>
 #include <utility>
 
-#include "arguments.h"
 #include "call.h"
 #include "math.h"
 #include "memory.h"
 #include "sparse.h"
+#include "tensors.h"
 #include "threads.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -104,11 +104,11 @@ void statistics(Call& c, int64_t dtype, unsigned threads) {
             if (c.local(c.y(row, k)) >= 0) of.scores[row * of.K + k] -= c.top[row];
 }
 
-void write_number(double x, int64_t kind, void* out) {
-    if (kind == 0) narrow(float(x), *static_cast<float*>(out));
-    if (kind == 1) narrow(float(x), *static_cast<BFloat16*>(out));
-    if (kind == 2) narrow(float(x), *static_cast<Float16*>(out));
-    if (kind == 3) narrow(x, *static_cast<double*>(out));
+void write_number(double x, Type type, char* out) {
+    if (type == FLOAT32) narrow(float(x), *reinterpret_cast<float*>(out));
+    if (type == BFLOAT16) narrow(float(x), *reinterpret_cast<BFloat16*>(out));
+    if (type == FLOAT16) narrow(float(x), *reinterpret_cast<Float16*>(out));
+    if (type == FLOAT64) narrow(x, *reinterpret_cast<double*>(out));
 }
 
 void prepare_out(Call& c, int64_t bytes, bool fresh) {
@@ -136,115 +136,9 @@ void prepare_out(Call& c, int64_t bytes, bool fresh) {
 
 constexpr int64_t TINY = 4096;  // logits: below, another thread does not wait long enough to be worth a handover
 
+#include "primitives.h"
+#include "losses.h"
 #include "entries.h"
-
-PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, count > 27 ? 28 : 27)) return nullptr;
-    Arguments a{args};
-    Call c = read_call(a);
-    const int64_t dtype = a.integer(), threads = a.integer();
-    c.classes = a.integer();
-    c.top = a.address<double>(), c.lse = a.address<double>(), c.picked = a.address<double>();
-    c.mass = a.address<double>(), c.wsum = a.address<double>(), c.entropy = a.address<double>(), c.argmax = a.address<int64_t>();
-    if (unreadable(c, {c.top, c.lse, c.picked})) return nullptr;
-    if (count > 27) c.candidates = {a.integer(), std::exchange(c.picked, nullptr), nullptr};
-    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
-    std::atomic<bool> bad{false};
-    c.bad = &bad;
-    cut(c);
-    statistics(c, dtype, unsigned(threads));
-    if (state) PyEval_RestoreThread(state);
-    return PyBool_FromLong(bad);
-}
-
-// What the gradient needs of the statistics, the losses of the rows if `losses` takes them, and their sum over a divisor:
-// the `given` one or, of a `mean`, the number of rows or the sum of their weights, to which `empty` is added where no row
-// counts. Returns the divisor, or None if any target is no class.
-PyObject* py_losses(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 30)) return nullptr;
-    Arguments a{args};
-    Call c = read_call(a);
-    const int64_t dtype = a.integer(), threads = a.integer();
-    c.classes = c.C;
-    c.formula = read_formula(a);
-    c.top = a.address<double>(), c.lse = c.top + c.N, c.mass = c.soft() ? c.lse + c.N : nullptr;
-    c.formula.losses = a.address<double>();
-    void* value = a.address<void>();
-    const int64_t kind = a.integer(), mean = a.integer(), empty = a.integer();
-    const double given = a.real();
-    if (unreadable(c, {c.top})) return nullptr;
-    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
-    std::atomic<bool> bad{false};
-    c.bad = &bad;
-    cut(c);
-    const int64_t tasks = (c.N / c.rows_per_task + 1) * c.parts;
-    Formula::Sums few[64] = {}, all = {};
-    c.formula.sums = tasks <= 64 ? few : static_cast<Formula::Sums*>(std::calloc(size_t(tasks), sizeof *few));
-    if (c.formula.sums) {
-        statistics(c, dtype, unsigned(threads));
-        for (int64_t i = 0; i < tasks; ++i) {
-            const Formula::Sums& some = c.formula.sums[i];
-            all.loss += some.loss, all.weight += some.weight, all.rows += some.rows;
-        }
-    }
-    if (state) PyEval_RestoreThread(state);
-    if (!c.formula.sums) return PyErr_NoMemory();
-    if (c.formula.sums != few) std::free(c.formula.sums);
-    double divisor = !mean ? given : c.formula.row_weight ? all.weight : double(all.rows);
-    if (mean && all.rows == 0) divisor += double(empty);
-    if (value) write_number(all.loss / divisor, kind, value);
-    return bad ? Py_NewRef(Py_None) : PyFloat_FromDouble(divisor);
-}
-
-PyObject* gradient(Call& c, int64_t dtype, int64_t threads, Arguments& a) {
-    c.out = a.matrix(c.logits.B);
-    const int64_t itemsize = a.integer(), fresh = a.integer();
-    const void* out = c.C > 0 ? c.out.data : c.lse_in.data;
-    const void* upstream = c.formula.wanted ? c.formula.g.data : c.g_lse.data && c.g_picked.data ? c.g_lse.data : nullptr;
-    if (unreadable(c, {c.top_in.data, c.lse_in.data, upstream, out})) return nullptr;
-    PyThreadState* state = c.N * c.C > TINY ? PyEval_SaveThread() : nullptr;
-    prepare_out(c, c.N * c.C * itemsize, fresh != 0);
-    fresh ? cut_fresh(c, threads) : cut(c);
-    std::atomic<bool> no_memory{false};
-    c.no_memory = &no_memory;
-    pass_of_candidates(kernels->pick[dtype], c, unsigned(threads));
-    run(kernels->gradient[dtype], c, unsigned(threads));
-    pass_of_candidates(kernels->put[dtype], c, unsigned(threads));
-    if (state) PyEval_RestoreThread(state);
-    if (no_memory) return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, count > 37 ? 40 : 37)) return nullptr;
-    Arguments a{args};
-    Call c = read_call(a);
-    const int64_t dtype = a.integer(), threads = a.integer();
-    c.top_in = a.per_row(), c.lse_in = a.per_row(), c.g_lse = a.per_row();
-    c.g_picked = a.per_row(), c.g_wsum = a.per_row(), c.g_entropy = a.per_row();
-    if (count > 37) {
-        const int64_t K = a.integer();
-        const double* g = a.address<double>();
-        c.candidates = {K, a.address<double>(), g};
-    }
-    return gradient(c, dtype, threads, a);
-}
-
-PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 34)) return nullptr;
-    Arguments a{args};
-    Call c = read_call(a);
-    const int64_t dtype = a.integer(), threads = a.integer();
-    c.formula = read_formula(a);
-    const double* numbers = a.address<double>();
-    c.top_in = {numbers, false}, c.lse_in = {numbers + c.N, false}, c.formula.mass = {numbers + 2 * c.N, false};
-    c.formula.g = a.per_row();
-    const double g = a.real();
-    if (!c.formula.g.data) c.formula.g = {&g, true};
-    c.formula.divisor = a.real();
-    return gradient(c, dtype, threads, a);
-}
-
 #include "settings.h"
 
 using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
@@ -262,6 +156,7 @@ PyMODINIT_FUNC PyInit__native() {
         {"samples", fast(py_samples), METH_FASTCALL, nullptr},
         {"transpose", fast(py_transpose), METH_FASTCALL, nullptr},
         {"gather_sums", fast(py_gather_sums), METH_FASTCALL, nullptr},
+        {"use_tensors", py_use_tensors, METH_O, nullptr},
         {"use_openmp", fast(py_use_openmp), METH_FASTCALL, nullptr},
         {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
         {"use", py_use, METH_O, nullptr},

@@ -75,12 +75,22 @@ LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, 
     if (f.z_loss != 0) add(minus, rows, loss);
 }
 
+LOOP void write(const double* x, int64_t row, int rows, Type type, void* out) {
+    const auto as = [&](auto* first) {
+        for (int k = 0; k < rows; ++k) narrow(decltype(widen(*first))(x[k]), first[row + k]);
+    };
+    if (type == FLOAT32) as(static_cast<float*>(out));
+    if (type == BFLOAT16) as(static_cast<BFloat16*>(out));
+    if (type == FLOAT16) as(static_cast<Float16*>(out));
+    if (type == FLOAT64) as(static_cast<double*>(out));
+}
+
 template <class F>
 LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* picked) {
     double loss[WIDTH], w[WIDTH], sum = 0, weight = 0, count = 0;
     weights_of(c, rows, y, w);
     losses_of(c, row, rows, all, y, picked, w, loss);
-    if (c.formula.losses) std::memcpy(c.formula.losses + row, loss, size_t(rows) * sizeof *loss);
+    if (c.formula.losses) write(loss, row, rows, c.formula.losses_type, c.formula.losses);
 #pragma omp simd reduction(+ : sum, weight, count)
     for (int k = 0; k < rows; ++k) sum += loss[k], weight += w[k], count += y[k] != IGNORED;
     Formula::Sums& sums = c.formula.sums[task];
@@ -135,13 +145,18 @@ struct Factors {
     double lse[WIDTH], g_lse[WIDTH], g_target[WIDTH], g_sum[WIDTH];
 };
 
+template <class T, class F>
+LOOP void read(const T* first, int64_t step, int rows, F* out) {
+    for (int k = 0; k < rows && step == 1; ++k) out[k] = F(first[k]);
+    for (int k = 0; k < rows && step != 1; ++k) out[k] = F(first[k * step]);
+}
+
 template <class F>
 LOOP void read(const PerRow& x, int64_t row, int rows, F* out) {
-    const double* first = x.data + (x.same ? 0 : row);
-    if (x.same)
-        for (int k = 0; k < rows; ++k) out[k] = F(*first);
-    else
-        for (int k = 0; k < rows; ++k) out[k] = F(first[k]);
+    const int64_t first = x.at.offset(row), step = x.at.row_stride;
+    if (x.type == FLOAT64 && in_step(x.at, row, rows)) return read(static_cast<const double*>(x.data) + first, step, rows, out);
+    if (x.type == FLOAT32 && in_step(x.at, row, rows)) return read(static_cast<const float*>(x.data) + first, step, rows, out);
+    for (int k = 0; k < rows; ++k) out[k] = F(x[row + k]);
 }
 
 // The derivatives of the sum of g loss / divisor, as `row_upstream` of `_rows/objective.py` has them.

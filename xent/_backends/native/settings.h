@@ -1,5 +1,18 @@
 // The Python functions that compute nothing for users, a part of native.cpp: the threads, and what tests ask for.
 
+// Take the type of tensors, torch.Tensor, and from it the table of functions to read them.
+PyObject* py_use_tensors(PyObject*, PyObject* type) {
+    PyObject* const capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+    if (!capsule) return nullptr;
+    exchange = static_cast<const ExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    Py_DECREF(capsule);
+    if (!exchange) return nullptr;
+    if (exchange->header.major != 1 || !exchange->borrow)
+        return PyErr_Format(PyExc_ImportError, "expected version 1 of DLPack, got %u", exchange->header.major);
+    tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));
+    Py_RETURN_NONE;
+}
+
 // (address of the entry point, whether it is kmpc's)
 PyObject* py_use_openmp(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 2)) return nullptr;

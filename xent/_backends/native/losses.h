@@ -1,0 +1,79 @@
+// The Python functions of a whole loss, a part of native.cpp.
+
+// (..., Objective, class weights): what both calls go on with. Returns how the losses are reduced: 'n', 'm' or 's'.
+char read_formula(Arguments& a, Read& c, ClassNumbers& row_weight) {
+    PyObject* const objective = a.object();
+    const Tensor weight = a.optional("weight");
+    if (PyErr_Occurred()) return 0;
+    if (!PyTuple_Check(objective) || PyTuple_Size(objective) != 6) {
+        PyErr_SetString(PyExc_TypeError, "expected an Objective");
+        return 0;
+    }
+    const auto is = [&](int at, const char* word) { return PyUnicode_CompareWithASCIIString(PyTuple_GetItem(objective, at), word) == 0; };
+    Formula& f = c.formula;
+    f.wanted = true;
+    f.eps = PyFloat_AsDouble(PyTuple_GetItem(objective, 1)), f.z_loss = PyFloat_AsDouble(PyTuple_GetItem(objective, 2));
+    f.empty = is(3, "zero");
+    f.weight_sum = double(c.C);
+    if (!c.soft()) row_weight.read(weight, c.C, true);
+    if (c.soft() || f.eps > 0) c.class_weight.read(weight, c.C, c.doubles(), &f.weight_sum);
+    f.row_weight = static_cast<double*>(row_weight.data);
+    c.weight = c.class_weight.data;
+    return is(0, "none") ? 'n' : is(0, "mean") ? 'm' : 's';
+}
+
+// (..., normalizer, and memory: numbers, value). What the gradient needs of the statistics goes to `numbers`, and the losses
+// of the rows to `value`, or their sum over a divisor: the normalizer or, of a mean, the number of rows or the sum of their
+// weights. Returns the divisor; or None if any target is no class.
+PyObject* py_losses(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 10)) return nullptr;
+    Arguments a{args};
+    Read c{};
+    ClassNumbers row_weight;
+    if (!read_call(a, c)) return nullptr;
+    const char reduction = read_formula(a, c, row_weight);
+    PyObject* const normalizer = a.object();
+    double divisor = Arguments::number(normalizer, 1);
+    const bool mean = reduction == 'm' && normalizer == Py_None, each = reduction == 'n';
+    c.top = results<double>(a.tensor("numbers"), c.N * (2 + c.soft()), FLOAT64);
+    const Tensor value = a.tensor("value");
+    results<char>(value, each ? c.N : 1, value.type);
+    if (PyErr_Occurred()) return nullptr;
+    if (!c.fits) return Py_NewRef(Py_NotImplemented);
+    c.lse = c.top + c.N, c.mass = c.soft() ? c.lse + c.N : nullptr;
+    if (each) c.formula.losses = value.data(), c.formula.losses_type = value.type;
+    c.bad = &c.bad_target;
+    Formula::Sums few[64] = {}, all = {};
+    compute(c, [&] {
+        cut(c);
+        const int64_t tasks = (c.N / c.rows_per_task + 1) * c.parts;
+        c.formula.sums = tasks <= 64 ? few : static_cast<Formula::Sums*>(std::calloc(size_t(tasks), sizeof *few));
+        if (!c.formula.sums) return;
+        statistics(c, c.dtype(), c.threads);
+        for (int64_t i = 0; i < tasks; ++i) {
+            const Formula::Sums& some = c.formula.sums[i];
+            all.loss += some.loss, all.weight += some.weight, all.rows += some.rows;
+        }
+        if (c.formula.sums != few) std::free(c.formula.sums);
+    });
+    if (!c.formula.sums) return PyErr_NoMemory();
+    if (mean) divisor = (row_weight.data ? all.weight : double(all.rows)) + (all.rows == 0 && c.formula.empty);
+    if (!each) write_number(all.loss / divisor, value.type, value.data());
+    return c.bad_target ? Py_NewRef(Py_None) : PyFloat_FromDouble(divisor);
+}
+
+// (..., numbers, g, divisor, out, fresh)
+PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 12)) return nullptr;
+    Arguments a{args};
+    Read c{};
+    ClassNumbers row_weight;
+    if (!read_call(a, c)) return nullptr;
+    read_formula(a, c, row_weight);
+    const double* numbers = results<double>(a.tensor("numbers"), c.N * (2 + c.soft()), FLOAT64);
+    c.top_in = one_after_the_other(numbers, c.N), c.lse_in = one_after_the_other(numbers + c.N, c.N);
+    c.formula.mass = one_after_the_other(numbers + 2 * c.N, c.N);
+    c.formula.g = per_row(c, a.tensor("g"));
+    c.formula.divisor = a.real();
+    return gradient(c, a);
+}
