@@ -39,8 +39,8 @@ except (ImportError, AttributeError) as error:
 
 ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"
 FLOAT64 = torch.float64
-LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FLOAT64: 3}  # the order of `Kernels`
-TARGETS = {torch.int64, torch.int32, *LOGITS}
+LOGITS = (torch.float32, torch.bfloat16, torch.float16, FLOAT64)
+TARGETS = (torch.int64, torch.int32, *LOGITS)
 SLOTS = 1 << 18  # entries of the rows that are sampled in one call
 TAKES_CANDIDATES = True  # several classes per row, (A, B, K)
 
@@ -162,8 +162,7 @@ def transpose(ends: Tensor, classes: Tensor, coefficient: Tensor, C: int) -> tup
     """See `xent._rows.dispatch.transpose`."""
     given = [t.contiguous() for t in (ends, classes, coefficient)]
     found = torch.empty(C, dtype=torch.int64), torch.empty_like(given[1]), torch.empty_like(given[2])
-    addresses = [t.data_ptr() for t in (*given, *found)]
-    _native.transpose(len(ends), C, coefficient.dtype is FLOAT64, *addresses)
+    _native.transpose(*given, *found)
     return found
 
 
@@ -172,10 +171,7 @@ def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, 
     ends, index, coefficient = ends.contiguous(), index.int().contiguous(), coefficient.contiguous()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = advise_huge_pages(torch.empty(len(ends), rows.shape[1], dtype=dtype))
-    _native.gather_sums(
-        len(ends), len(index), rows.shape[1], ends.data_ptr(), index.data_ptr(), coefficient.data_ptr(),
-        rows.data_ptr(), rows.stride(0), out.data_ptr(), LOGITS[dtype], LOGITS[rows.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    _native.gather_sums(ends, index, coefficient, rows, out, torch.get_num_threads())
     return out
 
 

@@ -32,40 +32,48 @@ PyObject* py_samples(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
-// (N, C, float64?, addresses: ends, classes, coefficient, and of the results: ends, rows, coefficient)
+// (ends, classes, coefficient, and memory: class ends, rows, coefficient of the transpose)
 PyObject* py_transpose(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 9)) return nullptr;
+    if (wrong_count(count, 6)) return nullptr;
     Arguments a{args};
-    const int64_t N = a.integer(), C = a.integer(), doubles = a.integer();
-    const int64_t* ends = a.address<int64_t>();
-    const int32_t* classes = a.address<int32_t>();
-    const void* coefficient = a.address<void>();
-    int64_t* class_ends = a.address<int64_t>();
-    int32_t* rows = a.address<int32_t>();
-    void* moved = a.address<void>();
-    if (PyErr_Occurred()) return nullptr;
-    PyThreadState* state = PyEval_SaveThread();
-    const auto as = [&](auto F) {
+    const Tensor given = a.tensor("ends"), entries = a.tensor("classes"), coefficient = a.tensor("coefficient");
+    const Tensor found = a.tensor("class ends");
+    const int64_t N = given.count(), C = found.count(), E = entries.count();
+    const int64_t* ends = results<int64_t>(given, N, INT64);
+    const int32_t* classes = results<int32_t>(entries, E, INT32);
+    int64_t* class_ends = results<int64_t>(found, C, INT64);
+    int32_t* rows = results<int32_t>(a.tensor("rows"), E, INT32);
+    const auto as = [&](auto F, Type type) {
         using Number = decltype(F);
-        transpose(N, C, ends, classes, static_cast<const Number*>(coefficient), class_ends, rows, static_cast<Number*>(moved));
+        const Number* from = results<Number>(coefficient, E, type);
+        Number* to = results<Number>(a.tensor("moved"), E, type);
+        if (PyErr_Occurred()) return;
+        PyThreadState* state = PyEval_SaveThread();
+        transpose(N, C, ends, classes, from, class_ends, rows, to);
+        PyEval_RestoreThread(state);
     };
-    doubles ? as(double()) : as(float());
-    PyEval_RestoreThread(state);
-    Py_RETURN_NONE;
+    coefficient.type == FLOAT64 ? as(double(), FLOAT64) : as(float(), FLOAT32);
+    return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
 }
 
+// (ends, index, coefficient, rows, out, threads)
 PyObject* py_gather_sums(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 12)) return nullptr;
+    if (wrong_count(count, 6)) return nullptr;
     Arguments a{args};
+    const Tensor ends = a.tensor("ends"), index = a.tensor("index"), coefficient = a.tensor("coefficient");
+    const Tensor rows = a.tensor("rows"), out = a.tensor("out");
+    const int64_t threads = a.integer();
+    if (!PyErr_Occurred() && (rows.dl.ndim != 2 || rows.type < FLOAT32 || rows.dl.strides[1] != 1)) unexpected(rows, "floating rows, each side by side");
+    if (PyErr_Occurred()) return nullptr;
     SumsCall c{};
-    c.N = a.integer(), c.E = a.integer(), c.D = a.integer();
-    c.ends = a.address<int64_t>(), c.index = a.address<int32_t>(), c.coefficient = a.address<void>();
-    c.rows = a.address<void>(), c.stride = a.integer(), c.sums = a.address<void>(), c.out_kind = a.integer();
-    const int64_t dtype = a.integer(), threads = a.integer();
+    c.N = ends.count(), c.E = index.count(), c.D = rows.dl.shape[1], c.stride = rows.dl.strides[0];
+    c.ends = results<int64_t>(ends, c.N, INT64), c.index = results<int32_t>(index, c.E, INT32);
+    c.coefficient = results<void>(coefficient, c.E, rows.type == FLOAT64 ? FLOAT64 : FLOAT32);
+    c.rows = rows.data(), c.sums = results<void>(out, c.N * c.D, out.type), c.out_kind = out.type - FLOAT32;
     if (PyErr_Occurred()) return nullptr;
     PyThreadState* state = PyEval_SaveThread();
     c.rows_per_task = c.N / 1024 + 1, c.parts = 1, c.classes_per_task = 0;
-    run(sparse_kernels().gather_sums[dtype], c, unsigned(threads));
+    run(sparse_kernels().gather_sums[rows.type - FLOAT32], c, unsigned(threads));
     PyEval_RestoreThread(state);
     Py_RETURN_NONE;
 }
