@@ -30,15 +30,18 @@ def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """h W^T + b, written to `out`, which is of `block_dtype`."""
-    if out.dtype == weight.dtype:
-        return torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
-    if _torch.writes_float32(weight):
+    """h W^T + b, written to `out`, which is of `block_dtype`.
+
+    On a CPU by slices of the head: one product would pack all of it anew for each block of rows.
+    """
+    if out.dtype != weight.dtype and _torch.writes_float32(weight):
         torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
-    else:
+    elif out.is_cpu or out.dtype != weight.dtype:
         h = h.to(out.dtype)
         for part in _slices(weight, out.dtype):
             torch.mm(h, weight[part].to(out.dtype).t(), out=out[:, part])
+    else:
+        torch.mm(h, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
 
 
