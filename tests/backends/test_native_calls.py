@@ -154,5 +154,10 @@ def test_the_module_checks_its_own_arguments() -> None:
         module.statistics(x, y, (0, 1), *[None] * 10)
     with pytest.raises(ValueError, match="top: expected 4 numbers side by side"):
         module.statistics(x, y, (1, 1, 4), RowSpec(), 1, None, v[:3], v, v, *[None] * 4)
+    with pytest.raises(ValueError, match=r"out: expected a CPU tensor of shape \(4, 5\), got \(3, 5\)"):
+        module.gradient(x, y, (1, 1, 4), RowSpec(), 1, None, v, v, v, v, None, None, x[:3], True)
+    apart = torch.randn(2, 3, 4, 5).transpose(1, 2)  # three strides to its positions
+    given = apart, torch.zeros(2, 4, 3).long(), (3, 1, 24), RowSpec(), 1, None, *[torch.zeros(24).double()] * 3
+    assert module.statistics(*given, *[None] * 4) is NotImplemented
     with pytest.raises(ValueError, match="expected an instruction set of this machine, got 'mmx'"):
         module.use("mmx")

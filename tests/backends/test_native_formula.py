@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -24,17 +25,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all": {"reduction": "none", "label_smoothing": 0.2, "z_loss": 0.03},
     "zero where empty": {"on_empty": "zero"},
 }
+WEIGHTS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "no weight": lambda _: None,
+    "float64": lambda w: w,
+    "every second": lambda w: torch.stack([w, -w], 1)[:, 0],
+    "float32": lambda w: w.float(),
+    "bfloat16, every second": lambda w: torch.stack([w, -w], 1).bfloat16()[:, 0],
+}
 SHAPES = {"few classes": (2, 300, 5), "rows": (1, 21, 700), "parts of rows": (1, 3, 70_000), "empty": (1, 4, 9)}
 
 
 @pytest.mark.parametrize("instructions", native._native.instruction_sets())
-@pairwise(shape=SHAPES, options=OPTIONS, soft=[False, True], weighted=[False, True])
+@pairwise(shape=SHAPES, options=OPTIONS, soft=[False, True], weights=WEIGHTS)
 def test_formula(
     instructions: str,
     shape: tuple[int, int, int],
     options: dict[str, Any],
     soft: bool,
-    weighted: bool,
+    weights: Callable[[Tensor], Tensor | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     A, B, C = shape
@@ -44,7 +52,7 @@ def test_formula(
         y[:: 1 if shape == SHAPES["empty"] else 3] = -100
     x, y = x.view(shape), y.view(A, B, -1) if soft else y.view(A, B)
     objective, spec = Objective(dtype=torch.float64, **options), RowSpec(classes=C)
-    weight = torch.rand(C, dtype=torch.float64) if weighted else None
+    weight = weights(torch.rand(C, dtype=torch.float64))
     layout = Layout(2, A, B)
     g = torch.rand(A, B, dtype=torch.float64) if objective.reduction == "none" else torch.tensor(0.7)
 

@@ -204,3 +204,27 @@ def checkpointed(group: ProcessGroup) -> list[str]:
 def test_checkpoint(ranks: Ranks) -> None:
     """Of every loss, those of probabilities that require grad, too: the plain one's gradients to the bit."""
     assert ranks.run(checkpointed, 1) == [[]]
+
+
+def backwards(x: Tensor) -> Tensor:
+    """The same numbers with the first dimension innermost."""
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_tensors_that_come_back_with_other_strides(soft: bool, weighted: bool, reduction: str) -> None:
+    """From a hook; and the gradient of the losses, from whoever computed it."""
+    x = torch.randn(4, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    y = x.detach().softmax(1) if soft else torch.randint(6, (4, 5, 7))
+    weight = torch.rand(6, dtype=torch.float64) if weighted else None
+    options: dict[str, Any] = {"dim": 1, "weight": weight, "reduction": reduction}
+    loss = xent.cross_entropy(x, y, **options)
+    g = torch.randn(loss.shape, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(loss, x, g)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, backwards):
+        loss = xent.cross_entropy(x, y, **options)
+    (found,) = torch.autograd.grad(loss, x, backwards(g))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)

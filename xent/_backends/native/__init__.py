@@ -98,7 +98,7 @@ def losses(
 ) -> tuple[Tensor, float, Tensor]:
     """See `xent._rows.formula.losses`. The numbers: top, lse and, of probabilities, mass."""
     soft, dtype = target.is_floating_point(), formula.dtype
-    numbers = torch.empty((2 + soft, layout.A * layout.B), dtype=FLOAT64)
+    numbers = torch.empty(2 + soft, layout.A * layout.B, dtype=FLOAT64)
     shape = () if formula.reduction != "none" else layout.positions(input.shape)
     value = torch.empty(shape, dtype=dtype if dtype in LOGITS else FLOAT64)
     threads = torch.get_num_threads()
@@ -126,8 +126,9 @@ def losses_gradient(
 ) -> Tensor:
     """See `xent._rows.formula.losses_gradient`."""
     fresh, memory = out is None, _memory(out, input, target)
+    numbers, threads = numbers.contiguous(), torch.get_num_threads()
     done = _native.losses_gradient(
-        input, target, layout, spec, torch.get_num_threads(), formula, weight, numbers, g, divisor, memory, fresh
+        input, target, layout, spec, threads, formula, weight, numbers, g, divisor, memory, fresh
     )
     if done is NotImplemented:
         rows = layout.rows(input), layout.targets(target, input.dim()), numbers, layout.of_rows()
