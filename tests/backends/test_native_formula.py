@@ -58,7 +58,7 @@ def test_formula(
 
     def find() -> tuple[Tensor, Tensor, Tensor]:
         value, numbers, found = formula.losses(x, y, layout, weight, None, spec, objective)
-        grad = formula.losses_gradient(x, y, numbers, found, layout, weight, g, spec, objective, None)
+        grad = formula.losses_gradient(x, y, numbers, found, layout, weight, g, spec, objective, False)
         return value, torch.tensor(1.0 if found.divisor is None else float(found.divisor)), grad
 
     before = native._native.use(instructions)

@@ -56,11 +56,12 @@ def losses_gradient(
     g: Tensor,
     spec: RowSpec,
     formula: Objective,
-    out: Tensor | None,
+    inplace: bool,
 ) -> Tensor:
-    """The gradient of sum(g * losses) / divisor with respect to the raw logits, in their shape; or in `out`."""
+    """The gradient of sum(g * losses) / divisor with respect to the raw logits, in their shape; or in their memory."""
     module, divisor = found
     if module is not None:
+        out = input.detach() if inplace else None
         grad: Tensor = module.losses_gradient(input, target, *numbers, layout, weight, g, divisor, spec, formula, out)
         if out is not None:
             torch.autograd.graph.increment_version(out)
@@ -71,7 +72,7 @@ def losses_gradient(
     share = share.to(lse.dtype) if divisor is None else share.to(lse.dtype) / divisor
     terms = objective.class_terms(y, weight, input.shape[layout.axis], formula)
     upstream = objective.row_upstream(top, lse, mass, terms, formula, share)
-    return operators.direct_gradient(input, y, top, lse, upstream, class_weight, layout, spec, out)
+    return operators.row_gradient(input, y, top, lse, upstream, class_weight, layout, spec, inplace)
 
 
 def _class_weight(input: Tensor, target: Tensor, weight: Tensor | None, formula: Objective) -> Tensor | None:

@@ -102,6 +102,5 @@ class Loss(torch.autograd.Function):
             return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
         if normalizer is not None:
             g = g.to(statistics_dtype(g.device)) / normalizer
-        out = input.detach() if inplace else None
-        d = losses_gradient(input, target, tuple(numbers), ctx.found, layout, weight, g, spec, formula, out)
+        d = losses_gradient(input, target, tuple(numbers), ctx.found, layout, weight, g, spec, formula, inplace)
         return d, None, None, None, None

@@ -49,9 +49,9 @@ def row_gradient(
 ) -> Tensor:
     """`dispatch.row_gradient` in the shape of the logits: fresh, or in their memory."""
     out = input.detach() if inplace else None
-    if not _torch.needs_operator(input, target, *upstream, class_weight):
-        return direct_gradient(input, target, top, lse, upstream, class_weight, layout, spec, out)
     flat = (target, top, lse, *upstream, class_weight, *layout, *spec)
+    if not _torch.needs_operator(input, target, *upstream, class_weight):
+        return _run_gradient(input, *flat, out=out)
     if out is None:
         return torch.ops.xent.row_gradient(input, *flat)  # type: ignore[no-any-return]
     if any(map(_torch.is_batched_gradient, upstream)):
@@ -60,27 +60,6 @@ def row_gradient(
         )
     torch.ops.xent.row_gradient_(out, *flat)
     return out
-
-
-def direct_gradient(
-    input: Tensor,
-    target: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    class_weight: Tensor | None,
-    layout: Layout,
-    spec: RowSpec,
-    out: Tensor | None,
-) -> Tensor:
-    """The same, of tensors that are known to have memory: fresh, or in `out`."""
-    rows = layout.rows(input)
-    if out is not None:
-        dispatch.row_gradient(rows, target, top, lse, upstream, spec, class_weight, layout.rows(out))
-        return out
-    found = dispatch.row_gradient(rows, target, top, lse, upstream, spec, class_weight)
-    # A tensor of its own and no view, so that autograd may add the next gradient to it in place.
-    return layout.restore(found, input.shape).data
 
 
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -117,9 +96,12 @@ def _empty_statistics(input: Tensor, target: Tensor, class_weight: Tensor | None
 
 
 def _run_gradient(input: Tensor, *flat: Any, out: Tensor | None = None) -> Tensor:
+    (target, top, lse), upstream, class_weight = flat[:3], Upstream(*flat[3:7]), flat[7]
     layout, spec = Layout(*flat[8:11]), RowSpec(*flat[11:16])
-    (target, top, lse), upstream = flat[:3], Upstream(*flat[3:7])
-    return direct_gradient(input, target, top, lse, upstream, flat[7], layout, spec, out)
+    rows = None if out is None else layout.rows(out)
+    found = dispatch.row_gradient(layout.rows(input), target, top, lse, upstream, spec, class_weight, rows)
+    # A tensor of its own and no view, so that autograd may add the next gradient to it in place.
+    return layout.restore(found, input.shape).data if out is None else out
 
 
 def _run_gradient_(input: Tensor, *flat: Any) -> None:
