@@ -26,11 +26,10 @@ char read_formula(Arguments& a, Read& c, ClassNumbers& row_weight) {
 // of the rows to `value`, or their sum over a divisor: the normalizer or, of a mean, the number of rows or the sum of their
 // weights. Returns the divisor; or None if any target is no class.
 PyObject* py_losses(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 10)) return nullptr;
     Arguments a{args};
     Read c{};
     ClassNumbers row_weight;
-    if (!read_call(a, c)) return nullptr;
+    if (wrong_count(count, 10) || !read_call(a, c)) return nullptr;
     const char reduction = read_formula(a, c, row_weight);
     PyObject* const normalizer = a.object();
     double divisor = Arguments::number(normalizer, 1);
@@ -64,11 +63,10 @@ PyObject* py_losses(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // (..., numbers, g, divisor, out, fresh)
 PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 12)) return nullptr;
     Arguments a{args};
     Read c{};
     ClassNumbers row_weight;
-    if (!read_call(a, c)) return nullptr;
+    if (wrong_count(count, 12) || !read_call(a, c)) return nullptr;
     read_formula(a, c, row_weight);
     const double* numbers = results<double>(a.tensor("numbers"), c.N * (2 + c.soft()), FLOAT64);
     c.top_in = one_after_the_other(numbers, c.N), c.lse_in = one_after_the_other(numbers + c.N, c.N);

@@ -46,6 +46,12 @@ bool read_call(Arguments& a, Read& c) {
     return !PyErr_Occurred();
 }
 
+bool read_class_weight(Arguments& a, Read& c) {
+    c.class_weight.read(a.optional("class_weight"), c.C, c.doubles());
+    c.weight = c.class_weight.data;
+    return !PyErr_Occurred();
+}
+
 // One number per row of a tensor that has the shape of the positions, or is one number for all.
 PerRow per_row(Read& c, const Tensor& x) {
     PerRow found{};
@@ -77,12 +83,9 @@ void compute(const Call& c, F run) {
 
 // (..., class_weight, and memory for: top, lse, picked, mass, wsum, entropy, argmax). Returns whether any target is no class.
 PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 13)) return nullptr;
     Arguments a{args};
     Read c{};
-    if (!read_call(a, c)) return nullptr;
-    c.class_weight.read(a.optional("class_weight"), c.C, c.doubles());
-    c.weight = c.class_weight.data;
+    if (wrong_count(count, 13) || !read_call(a, c) || !read_class_weight(a, c)) return nullptr;
     const int64_t N = c.N, K = c.candidates.K;
     c.top = results<double>(a.tensor("top"), N, FLOAT64), c.lse = results<double>(a.tensor("lse"), N, FLOAT64);
     double* picked = results<double>(a.tensor("picked"), K ? N * K : N, FLOAT64);
@@ -124,12 +127,9 @@ PyObject* gradient(Read& c, Arguments& a) {
 
 // (..., class_weight, top, lse, g_lse, g_picked, g_wsum, g_entropy, out, fresh)
 PyObject* py_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 14)) return nullptr;
     Arguments a{args};
     Read c{};
-    if (!read_call(a, c)) return nullptr;
-    c.class_weight.read(a.optional("class_weight"), c.C, c.doubles());
-    c.weight = c.class_weight.data;
+    if (wrong_count(count, 14) || !read_call(a, c) || !read_class_weight(a, c)) return nullptr;
     c.top_in = per_row(c, a.tensor("top")), c.lse_in = per_row(c, a.tensor("lse")), c.g_lse = per_row(c, a.tensor("g_lse"));
     const Tensor g_picked = a.tensor("g_picked");
     const double none = 0;
