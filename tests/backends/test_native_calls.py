@@ -11,6 +11,7 @@ import torch
 from oracle import stats_of
 from torch import Tensor
 
+import xent
 from xent._records import RowSpec, Stats, Upstream, Wanted
 from xent._rows import dispatch as _primitives
 
@@ -140,6 +141,28 @@ def test_numbers_that_are_yet_to_be_negated() -> None:
     assert grad(x[:1], y[:1], *found, one, one).equal(grad(x[:1], y[:1], *found, -v[:1], -v[:1]))
     q = torch.ones(4, 1)
     assert stats_of(x[:, :1], q, class_weight=weight).mass.equal(-big[0, :1].double().expand(4))
+
+
+def test_a_loss_of_numbers_that_are_yet_to_be_negated() -> None:
+    """Each tensor of a call, and the gradient that flows back, is read as it counts and not as it lies in memory."""
+    weight, g = torch.complex(x[0], x[0].abs()).conj().imag, torch.complex(x[:, 0], x[:, 1]).conj().imag
+    q = torch.complex(x, -x.softmax(1)).conj().imag
+    for target, given in ((y, weight), (q, weight), (q, None), (y, None)):
+        grads = []
+        for numbers in (negated.detach(), negated.resolve_neg()):
+            leaf = numbers.requires_grad_()
+            same = [t if t is None or leaf.is_neg() else t.resolve_neg() for t in (target, given, g)]
+            loss = xent.cross_entropy(leaf, same[0], weight=same[1], reduction="none")
+            grads.append(torch.autograd.grad(loss, leaf, same[2])[0])
+        assert grads[0].equal(grads[1])
+
+
+def test_a_dtype_of_the_loss_that_no_logits_have() -> None:
+    for reduction in ("mean", "none"):
+        loss = xent.cross_entropy(x, y, reduction=reduction)
+        found = xent.cross_entropy(x, y, reduction=reduction, loss_dtype=torch.float8_e5m2)
+        assert found.dtype == torch.float8_e5m2
+        assert found.float().equal(loss.to(torch.float8_e5m2).float())
 
 
 def test_the_module_checks_its_own_arguments() -> None:

@@ -229,3 +229,4 @@ def test_tensors_that_come_back_with_other_strides(soft: bool, weighted: bool, r
             loss = xent.cross_entropy(x, y, **options)
         (found,) = torch.autograd.grad(loss, x, of_losses)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+        assert not found._is_view()  # autograd may add to it in place
