@@ -99,7 +99,7 @@ def test_the_softcap_keeps_the_digits_of_small_logits(dtype: torch.dtype) -> Non
     assert (top / truth - 1).abs().max() < 4 * torch.finfo(dtype).eps
 
 
-# Rows in several chunks, and in parts for several threads
+# Rows in several pieces, and in parts for several threads
 
 
 def problem(N: int, C: int) -> tuple[Tensor, Tensor]:
@@ -109,11 +109,13 @@ def problem(N: int, C: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-@pytest.mark.parametrize("shape", [(6, 2100), (3, 70_000)], ids=str)  # several chunks of a row; several parts
-def test_blocks_of_minus_infinity(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("image", [False, True], ids=["rows", "image"])
+@pytest.mark.parametrize("shape", [(6, 2100), (3, 70_000)], ids=str)  # several pieces of a row; several parts
+def test_blocks_of_minus_infinity(shape: tuple[int, int], image: bool) -> None:
     (x, y), half = problem(*shape), shape[1] * 2 // 3
     x[0, :half] = x[1, half:] = x[2, 5:] = -INF
     y[:3] = torch.tensor([shape[1] - 1, 0, 3])
+    x = x.T.contiguous().T if image else x
     found, truth, g = stats_of(x, y, oracle.Wanted(entropy=True, argmax=True)), truth_for(x, y), upstream(len(x), False)
     assert_stats(found, truth, x, y)
     oracle.assert_grad(grad_of(x, y, found, g), oracle.gradient(x, y, truth, g), y)
@@ -160,6 +162,31 @@ def test_few_rows_of_very_many_classes() -> None:
     found, u = stats_of(x, torch.arange(16)), x[0].double() - x[0].max()
     assert (found.lse - torch.logsumexp(u, 0)).abs().max() < 1e-6
     assert torch.equal(found.top + found.picked, x[0, :16].double())
+
+
+# Short rows, which go through registers
+
+
+@pytest.mark.parametrize("dtype", oracle.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("C", [3, 10])  # less than a tile, and two that overlap
+def test_rows_that_lie_apart_in_place(C: int, dtype: torch.dtype) -> None:
+    """What lies between them is not written. Their targets lie apart, too."""
+    whole, y = oracle.rows(dtype, N=41, C=16)[0], torch.stack([torch.arange(41) % C, -torch.ones(41).long()], 1)[:, 0]
+    x, rest = whole[:, :C], whole[:, C:].clone()
+    truth, g = truth_for(x, y), upstream(len(x))
+    expected = oracle.gradient(x, y, truth, g)
+    assert_stats(stats_of(x, y, EVERYTHING), truth, x, y)
+    oracle.assert_grad(grad_of(x, y, truth, g, out=x), expected, y)
+    assert whole[:, C:].equal(rest)
+
+
+@pytest.mark.parametrize("C", [5, 300])
+def test_a_class_without_weight_may_be_impossible(C: int) -> None:
+    x, y = oracle.rows(torch.float32, C=C)
+    x[:, 1], y[:], w = -INF, 0, torch.ones(C)
+    w[1] = 0
+    found, rest = stats_of(x, y, EVERYTHING, w), [0, *range(2, C)]
+    assert_stats(found._replace(argmax=None), truth_for(x[:, rest], y, w[rest]), x, y)
 
 
 # Better than all backends must be

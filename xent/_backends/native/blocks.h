@@ -1,17 +1,29 @@
 // The two passes for a block of rows, class by class; see lanes.h. A block goes through in steps of some classes, as
 // many as a tile holds.
 
+// No sums yet, of those that are wanted; of a part of a row, of all, since parts are merged.
+template <class F>
+LOOP void clear(const Call& c, int rows, Totals<F>& all) {
+    const size_t bytes = size_t(rows) * sizeof(double);
+    const bool part = c.parts > 1;
+    std::memset(all.sum, 0, bytes);
+    if (part || c.entropy) std::memset(all.tilt, 0, bytes);
+    if (part || c.soft()) std::memset(all.picked, 0, bytes), std::memset(all.mass, 0, bytes);
+    if (part || c.has_wsum()) std::memset(all.wsum, 0, bytes), std::memset(all.weights, 0, bytes);
+}
+
 // Express the sums in terms of larger tops. Of a row that was -inf so far they are 0.
 template <class F>
-LOOP void rebase(Totals<F>& all, const F* before, int rows) {
+LOOP void rebase(const Call& c, Totals<F>& all, const F* before, int rows) {
+    const bool entropy = c.entropy, soft = c.soft(), has_wsum = c.has_wsum();
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
         const double d = before[k] == all.top[k] || before[k] == -F(INF) ? 0 : double(before[k]) - double(all.top[k]);
         const double factor = exponential(d);
-        all.tilt[k] = factor * (all.tilt[k] + d * all.sum[k]);
+        if (entropy) all.tilt[k] = factor * (all.tilt[k] + d * all.sum[k]);
         all.sum[k] *= factor;
-        all.picked[k] += all.mass[k] * d;
-        all.wsum[k] += all.weights[k] * d;
+        if (soft) all.picked[k] += all.mass[k] * d;
+        if (has_wsum) all.wsum[k] += all.weights[k] * d;
     }
 }
 
@@ -23,27 +35,20 @@ LOOP void add_probabilities(const Call& c, Lanes<F> z, int64_t row, int rows, in
     for (int i = 0; i < n; ++i) add_products(q[i], w ? w + i : nullptr, z[i], rows, base, all.mass, all.picked);
 }
 
-// The numbers of the targets among n classes from `at` on; of few classes by comparing, which vectors can.
+// The numbers of the targets among n classes from `at` on. Without a branch, since some targets may be elsewhere.
 template <class F>
 LOOP void pick(Lanes<F> z, int n, int rows, const int64_t* y, int64_t at, F* picked) {
-    for (int i = 0; i < n && n <= LANES; ++i) {
-        const F* z_i = z[i];
-#pragma omp simd
-        for (int k = 0; k < rows; ++k) picked[k] = y[k] == at + i ? z_i[k] : picked[k];
+    for (int k = 0; k < rows; ++k) {
+        const bool here = at <= y[k] && y[k] < at + n;
+        const F value = z[here ? y[k] - at : 0][k];
+        picked[k] = here ? value : picked[k];
     }
-    for (int k = 0; k < rows && n > LANES; ++k)
-        if (at <= y[k] && y[k] < at + n) picked[k] = z[y[k] - at][k];
 }
 
 template <class F>
 LOOP void put(const F* value, int n, int rows, const int64_t* y, int64_t at, Lanes<F> d) {
-    for (int i = 0; i < n && n <= LANES; ++i) {
-        F* d_i = d[i];
-#pragma omp simd
-        for (int k = 0; k < rows; ++k) d_i[k] = y[k] == at + i ? value[k] : d_i[k];
-    }
-    for (int k = 0; k < rows && n > LANES; ++k)
-        if (at <= y[k] && y[k] < at + n) d[y[k] - at][k] = value[k];
+    F nowhere;
+    for (int k = 0; k < rows; ++k) *(at <= y[k] && y[k] < at + n ? d[y[k] - at] + k : &nowhere) = value[k];
 }
 
 template <class T>
@@ -51,7 +56,8 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
     using F = Compute<T>;
     F tile[SIZE], before[WIDTH], base[WIDTH], largest[WIDTH], z_y[WIDTH] = {};
     int64_t y[WIDTH], argmax[WIDTH] = {};
-    Totals<F> all = {};
+    Totals<F> all;
+    clear(c, rows, all);
     targets_of(c, row, rows, y);
     for (int k = 0; k < rows; ++k) all.top[k] = largest[k] = -F(INF);
     const int step = classes_of_tile(rows);
@@ -61,7 +67,7 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
         const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
         std::memcpy(before, all.top, sizeof before);
         raise(z, n, rows, all.top);
-        if (at > begin) rebase(all, before, rows);
+        if (at > begin) rebase(c, all, before, rows);
         for (int k = 0; k < rows; ++k) base[k] = all.top[k] == -F(INF) ? 0 : all.top[k];
         for (int i = 0; i < n; i += EXACT) {
             const int part = n - i < EXACT ? n - i : EXACT;
@@ -104,7 +110,7 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
         const int n = end - at < step ? int(end - at) : step;
         const Lanes<F> z = load<T>(c.logits, row, rows, at, n, F(c.scale), F(c.softcap), tile);
         const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
-        Lanes<F> d{d_tile, tile_stride(rows)};
+        Lanes<F> d{z.at == tile && c.softcap == 0 ? tile : d_tile, tile_stride(rows)};
         if constexpr (std::is_same_v<T, F>)
             if (side_by_side) d = {c.out.at<T>(row, at), c.out.class_stride};
         if (!c.soft()) pick(z, n, rows, y, at, z_y);
@@ -124,9 +130,9 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
     }
 }
 
-// How many rows are a block. By class: whole tiles, and no block that lies in two places.
+// How many rows are a block. By class: what stays in the first-level cache, and no block that lies in two places.
 inline int block(const Call& c, int64_t row, int64_t row_end) {
-    const int64_t fitting = SIZE / (c.C + 1) / LANES * LANES, left = row_end - row, here = c.logits.B - row % c.logits.B;
+    const int64_t fitting = SIZE / 2 / (c.C + 1) / LANES * LANES, left = row_end - row, here = c.logits.B - row % c.logits.B;
     int64_t rows = fitting > WIDTH || !c.by_class ? WIDTH : fitting < 64 ? 64 : fitting;
     if (rows > left) rows = left;
     return int(c.by_class && rows > here && here >= LANES ? here : rows);

@@ -4,22 +4,7 @@
 //
 // Numerics are those of the other loops: exp in F, sums of at most 32 classes in F, all sums of these in double.
 
-constexpr int WIDTH = 256;      // rows of a block, at most
-constexpr int SIZE = 1 << 14;   // numbers of a tile, which stays in the cache; at least 64 classes of a whole block
-constexpr int EXACT = 32;       // classes that are added up in F
-
-template <class F>
-struct Lanes {  // class i of all rows: at + i * stride
-    F* at;
-    int64_t stride;
-    F* operator[](int64_t i) const { return at + i * stride; }
-};
-
 // ------------------------------------------------------------------------------------------------- memory
-
-// An odd number of cache lines, so that the classes of a row do not all fall into the same few sets of the cache.
-inline int tile_stride(int rows) { return (rows + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES; }
-inline int classes_of_tile(int rows) { return SIZE / tile_stride(rows); }
 
 // Whether these rows are one stride apart; and whether that is 1.
 inline bool in_step(const Matrix& x, int64_t row, int rows) { return row % x.B + rows <= x.B; }
@@ -28,19 +13,20 @@ inline bool together(const Matrix& x, int64_t row, int rows) { return x.row_stri
 template <class T, class F>
 LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, Lanes<F> z) {
     const int64_t stride = x.row_stride, class_stride = x.class_stride;
-    if (in_step(x, row, rows)) {
-        const T* first = x.at<T>(row, at);
-        for (int k = 0; k < rows; k += LANES)
-            for (int i = 0; i < n; ++i) {
-                const T* x_i = first + k * stride + i * class_stride;
-                F* z_i = z[i] + k;
-                const int end = rows - k < LANES ? rows - k : LANES;
+    int k = 0;
+#ifdef TURN
+    if constexpr (std::is_same_v<F, float>)
+        if (class_stride == 1 && in_step(x, row, rows)) k = transpose_rows(x.at<T>(row, at), stride, rows, n, scale, z);
+#endif
+    for (; k < rows && in_step(x, row, rows); k += LANES)
+        for (int i = 0; i < n; ++i) {
+            const T* x_i = x.at<T>(row + k, at + i);
+            F* z_i = z[i] + k;
+            const int end = rows - k < LANES ? rows - k : LANES;
 #pragma omp simd
-                for (int j = 0; j < end; ++j) z_i[j] = scale * F(widen(x_i[j * stride]));
-            }
-        return;
-    }
-    for (int k = 0; k < rows; ++k) {
+            for (int j = 0; j < end; ++j) z_i[j] = scale * F(widen(x_i[j * stride]));
+        }
+    for (; k < rows; ++k) {
         const T* x_k = x.at<T>(row + k, at);
         for (int i = 0; i < n; ++i) z[i][k] = scale * F(widen(x_k[i * class_stride]));
     }
@@ -49,7 +35,12 @@ LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F
 template <class F, class T>
 LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, const Matrix& out) {
     const int64_t class_stride = out.class_stride, stride = d.stride;
-    for (int k = 0; k < rows; ++k) {
+    int k = 0;
+#ifdef TURN
+    if constexpr (std::is_same_v<F, float>)
+        if (class_stride == 1 && in_step(out, row, rows)) k = transpose_rows_back(d, rows, n, out.at<T>(row, at), out.row_stride);
+#endif
+    for (; k < rows; ++k) {
         T* out_k = out.at<T>(row + k, at);
         const F* d_k = d.at + k;
 #pragma omp simd
@@ -57,10 +48,18 @@ LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, c
     }
 }
 
+// Ask for the block of rows after these, which no processor expects.
+template <class T>
+LOOP void prefetch(const T* x, int64_t class_stride, int rows, int n) {
+    for (int i = 0; i < n; ++i)
+        for (int k = 0; k < rows; k += 64 / int(sizeof(T))) PREFETCH(x + i * class_stride + k, 2);
+}
+
 // The numbers that count, scaled and capped: where they lie, or in the tile.
 template <class T, class F>
 INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, F cap, F* tile) {
     const bool side_by_side = together(x, row, rows);
+    if (side_by_side) prefetch(x.at<T>(row + rows, at), x.class_stride, rows, n);
     if constexpr (std::is_same_v<T, F>)
         if (side_by_side && scale == 1 && cap == 0) return {x.at<T>(row, at), x.class_stride};
     const Lanes<F> z{tile, tile_stride(rows)};

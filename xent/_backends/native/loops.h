@@ -47,8 +47,8 @@ LOOP void store(const float* d, int n, Float16* out) {
 }
 #endif
 
-// The vector at i. What is left over of whole vectors is the end of one that overlaps the one before; `skip` of its
-// lanes have been there. Of fewer classes than lanes it is `few`, which is filled up with -inf.
+// What is left over of whole vectors is the end of one that overlaps the one before; `skip` of its lanes have been there.
+// Of fewer classes than lanes it is `few`, which is filled up with -inf.
 template <class F>
 struct Vector {
     const F* at;
@@ -56,26 +56,41 @@ struct Vector {
 };
 
 template <class F>
-INLINE Vector<F> vector_at(const F* z, int i, int n, F* few) {
-    if (i + LANES <= n) return {z + i, 0};
+INLINE Vector<F> last_vector(const F* z, int n, F* few) {
     if (n >= LANES) return {z + n - LANES, LANES - n % LANES};
     for (int k = 0; k < LANES; ++k) few[k] = k < n ? z[k] : -F(INF);
     return {few, 0};
 }
 
+template <int HALF = LANES / 2, class F>
+INLINE F sum_of_lanes(F* x) {
+    for (int k = 0; k < HALF; ++k) x[k] += x[k + HALF];
+    if constexpr (HALF > 1) return sum_of_lanes<HALF / 2>(x);
+    return x[0];
+}
+
+template <int HALF = LANES / 2, class F>
+INLINE F largest_of_lanes(F* x) {
+    for (int k = 0; k < HALF; ++k) x[k] = x[k] > x[k + HALF] ? x[k] : x[k + HALF];
+    if constexpr (HALF > 1) return largest_of_lanes<HALF / 2>(x);
+    return x[0];
+}
+
+template <class F>
+INLINE void raise_lanes(const F* z, F* top) {
+#pragma omp simd
+    for (int k = 0; k < LANES; ++k) top[k] = z[k] > top[k] ? z[k] : top[k];
+}
+
 // Explicit lanes, since clang takes the usual loop for a maximum as it stands, in which no order may be changed.
 template <class F>
 LOOP F maximum(const F* z, int n) {
-    F lane[LANES], few[LANES];
-    for (int k = 0; k < LANES; ++k) lane[k] = -F(INF);
-    for (int i = 0; i < n; i += LANES) {
-        const F* here = vector_at(z, i, n, few).at;
-#pragma omp simd
-        for (int k = 0; k < LANES; ++k) lane[k] = here[k] > lane[k] ? here[k] : lane[k];
-    }
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int k = 0; k < width; ++k) lane[k] = lane[k] > lane[k + width] ? lane[k] : lane[k + width];
-    return lane[0];
+    F top[LANES], few[LANES];
+    for (int k = 0; k < LANES; ++k) top[k] = -F(INF);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) raise_lanes(z + i, top);
+    if (i < n) raise_lanes(last_vector(z, n, few).at, top);
+    return largest_of_lanes(top);
 }
 
 template <class F>
@@ -84,31 +99,40 @@ struct Sums {
     bool above;
 };
 
+template <class F>
+struct SumsInLanes {
+    F sum[LANES], tilt[LANES], top[LANES];
+};
+
+template <bool TILT, bool LAST, class F>
+INLINE void add_exp_of_lanes(const F* z, int skip, F base, SumsInLanes<F>& s) {
+#pragma omp simd
+    for (int k = 0; k < LANES; ++k) {
+        const F z_k = z[k], t = LAST && k < skip ? -F(INF) : z_k - base, e = exponential(t);
+        s.top[k] = z_k > s.top[k] ? z_k : s.top[k];
+        s.sum[k] += e;
+        if (TILT) s.tilt[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
+    }
+}
+
 // The sums of e^t and e^t t with t = z - base, and whether any z is above the base. On the way, what lies AHEAD of the
 // logits in memory, `size` bytes each, is asked for into the second-level cache: spread over the loop like this, the
 // arithmetic and the memory work at the same time. (Explicit lanes, since nothing else fits into a simd loop.)
 template <bool TILT, class F>
 LOOP Sums<F> sum_exp(const F* z, int n, F base, const char* logits, int size) {
-    F sum[LANES] = {}, tilt[LANES] = {}, top[LANES], few[LANES];
-    for (int k = 0; k < LANES; ++k) top[k] = base;
-    for (int i = 0; i < n; i += LANES) {
+    F few[LANES];
+    SumsInLanes<F> s;
+    for (int k = 0; k < LANES; ++k) s.sum[k] = s.tilt[k] = 0, s.top[k] = base;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
         PREFETCH(logits + i * size + AHEAD, 2);
-        const Vector<F> here = vector_at(z, i, n, few);
-#pragma omp simd
-        for (int k = 0; k < LANES; ++k) {
-            const F z_k = here.at[k], t = k < here.skip ? -F(INF) : z_k - base, e = exponential(t);
-            top[k] = z_k > top[k] ? z_k : top[k];
-            sum[k] += e;
-            if (TILT) tilt[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
-        }
+        add_exp_of_lanes<TILT, false>(z + i, 0, base, s);
     }
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int k = 0; k < width; ++k) {
-            sum[k] += sum[k + width];
-            tilt[k] += tilt[k + width];
-            top[k] = top[k] > top[k + width] ? top[k] : top[k + width];
-        }
-    return {sum[0], tilt[0], top[0] > base};
+    if (i < n) {
+        const Vector<F> last = last_vector(z, n, few);
+        add_exp_of_lanes<TILT, true>(last.at, last.skip, base, s);
+    }
+    return {sum_of_lanes(s.sum), sum_of_lanes(s.tilt), largest_of_lanes(s.top) > base};
 }
 
 // The first class with this logit; with a NaN, the first NaN. n if there is none.
@@ -125,17 +149,32 @@ LOOP int find(const F* z, int n, F value) {
 }
 
 // sum k and sum k (z - base) with the coefficients k = q w, either of which may be missing.
-template <class F>
-LOOP void dot(const F* q, const F* w, const F* z, int n, double base, double& mass, double& total) {
-    double m = 0, s = 0;
-#pragma omp simd reduction(+ : m, s)
-    for (int i = 0; i < n; ++i) {
-        const double k = (q ? double(q[i]) : 1) * (w ? double(w[i]) : 1);
-        m += k;
-        s += k == 0 ? 0 : k * (double(z[i]) - base);  // not 0 * inf
+template <bool Q, bool W, class F>
+LOOP void dot_of(const F* q, const F* w, const F* z, int n, double base, double& mass, double& total) {
+    double m[LANES] = {}, s[LANES] = {};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+#pragma omp simd
+        for (int j = 0; j < LANES; ++j) {
+            const double k = (Q ? double(q[i + j]) : 1) * (W ? double(w[i + j]) : 1), t = double(z[i + j]) - base;
+            m[j] += k;
+            s[j] += (Q || W) && k == 0 ? 0 : k * t;  // not 0 * inf
+        }
+    for (; i < n; ++i) {
+        const double k = (Q ? double(q[i]) : 1) * (W ? double(w[i]) : 1);
+        m[0] += k;
+        s[0] += k == 0 ? 0 : k * (double(z[i]) - base);
     }
-    mass += m;
-    total += s;
+    mass += sum_of_lanes(m);
+    total += sum_of_lanes(s);
+}
+
+template <class F>
+INLINE void dot(const F* q, const F* w, const F* z, int n, double base, double& mass, double& total) {
+    if (q)
+        w ? dot_of<true, true>(q, w, z, n, base, mass, total) : dot_of<true, false>(q, w, z, n, base, mass, total);
+    else
+        w ? dot_of<false, true>(q, w, z, n, base, mass, total) : dot_of<false, false>(q, w, z, n, base, mass, total);
 }
 
 // d = e^t (a - h t) with t = z - top; see `write_gradient` for a and h, and `sum_exp` for the prefetch.

@@ -2,7 +2,7 @@
 //
 // It knows of torch nothing but DLPack, so that one binary serves every release of it and of Python. Files: tensors.h what
 // Python hands over, math.h one number, call.h one call, rows.h the passes over rows, loops.h their
-// inner loops, lanes.h and blocks.h the same for many rows at once, numbers.h what a row takes besides its logits,
+// inner loops, tiles.h, lanes.h and blocks.h the same for many rows at once, numbers.h what a row takes besides its logits,
 // threads.h who does what, memory.h how memory is asked for, candidates.h several classes per row, samples.h, sparse.h
 // and entries.h the sparse gradient, settings.h what is no call; and here the instruction sets and the Python functions.
 #define PY_SSIZE_T_CLEAN
@@ -117,7 +117,7 @@ void prepare_out(Call& c, int64_t bytes, bool fresh) {
     const Pages pages(c.out.data, bytes);
     // What the rows that count take, and what they take in huge pages, which are cleared whole.
     const int64_t row_bytes = bytes / c.N;
-    int64_t counted = c.out.class_stride == 1 ? 0 : bytes, touched = 0, end = 0;  // else rows lie across each other
+    int64_t counted = c.by_class || bytes < LARGE ? bytes : 0, touched = 0, end = 0;  // by class all is written
     for (int64_t row = 0; row < c.N && counted < bytes; ++row) {
         if (c.ignored(row)) continue;
         const int64_t first = row * row_bytes / HUGE_PAGE, last = ((row + 1) * row_bytes - 1) / HUGE_PAGE + 1;
@@ -125,7 +125,7 @@ void prepare_out(Call& c, int64_t bytes, bool fresh) {
         touched += (last - (first > end ? first : end)) * HUGE_PAGE;
         end = last;
     }
-    if (counted < bytes && bytes >= LARGE && become_zeros(pages)) {
+    if (counted < bytes && become_zeros(pages)) {
         c.zeros_begin = pages.begin, c.zeros_end = pages.end;
         c.scattered = 2 * counted < touched;
     }

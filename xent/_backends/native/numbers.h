@@ -18,7 +18,8 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
     }
     const auto read = [&](const auto* first) {
         const int64_t stride = c.target.row_stride;
-        for (int k = 0; k < rows; ++k) y[k] = first[k * stride];
+        for (int k = 0; k < rows && stride == 1; ++k) y[k] = first[k];
+        for (int k = 0; k < rows && stride != 1; ++k) y[k] = first[k * stride];
     };
     if (c.candidates.K || !in_step(c.target, row, rows)) {
         for (int k = 0; k < rows; ++k) y[k] = c.y(row + k);
@@ -29,12 +30,13 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
     }
     const int64_t ignore_index = c.ignore_index, start = c.start;
     const int64_t classes = c.candidates.K ? start + c.C + 2 : c.classes;  // each candidate is checked by itself
-    bool bad = false, ignored = false;
+    int64_t bad = 0, ignored = 0;  // as wide as the targets, so that vectors hold both
 #pragma omp simd reduction(| : bad, ignored)
     for (int k = 0; k < rows; ++k) {
-        bad |= (y[k] < 0 || y[k] >= classes) && y[k] != ignore_index;
-        ignored |= y[k] == ignore_index;
-        y[k] = y[k] == ignore_index ? IGNORED : y[k] - start;
+        const int64_t skipped = y[k] == ignore_index ? 1 : 0, outside = y[k] < 0 || y[k] >= classes ? 1 : 0;
+        bad |= outside & ~skipped;
+        ignored |= skipped;
+        y[k] = skipped ? IGNORED : y[k] - start;
     }
     if (bad && c.bad) c.bad->store(true);
     return ignored;
@@ -192,11 +194,11 @@ LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Fac
     if (c.g_picked.data) read(c.g_picked, row, rows, of.g_target);
     if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);
     if (c.g_wsum.data) read(c.g_wsum, row, rows, of.g_sum);
-    bool large = false;
+    int64_t large = 0;
 #pragma omp simd reduction(| : large)
     for (int k = 0; k < rows; ++k) {
         minus[k] = -of.lse[k];
-        large |= !(minus[k] < 700);
+        large |= minus[k] < 700 ? 0 : 1;
     }
     exponentials(minus, rows, factor);
     for (int k = 0; k < rows && large; ++k) factor[k] = std::exp(minus[k]);

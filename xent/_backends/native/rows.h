@@ -4,23 +4,25 @@
 //     statistics  reads each logit from memory once; writes a few numbers per row
 //     gradient    reads each logit once, writes each gradient once; `out` may lie over the logits
 //
-// Neither stores a probability. A row is taken in chunks that stay in the first-level cache, so that several loops
-// over a chunk read memory once between them. T is a type in memory, F that of the arithmetic on it: double for
+// Neither stores a probability. A row is taken in pieces that stay in the first-level cache, so that several loops
+// over a piece read memory once between them. T is a type in memory, F that of the arithmetic on it: double for
 // double, float for the others. Numbers per row are double.
 
-constexpr int CHUNK = 512;
+constexpr int CHUNK = 512;        // classes whose sums are taken in F: each of the lanes adds 32
+constexpr int PIECE = 2 * CHUNK;  // classes that are gone over several times
 constexpr int AHEAD = 8192;  // bytes
 
 template <class T>
 using Compute = decltype(widen(T{}));
 
 #include "loops.h"
+#include "tiles.h"
 #include "lanes.h"
 #include "numbers.h"
 #include "blocks.h"
 #include "candidates.h"
 
-// ------------------------------------------------------------------------------------------------- chunks
+// ------------------------------------------------------------------------------------------------- pieces
 
 // The logits that count: the row itself where it is that, else `buffer`.
 template <class T, class F>
@@ -34,7 +36,7 @@ INLINE const F* scores(const Call& c, const T* x, int n, F* buffer) {
 
 template <class T, class F>
 INLINE const F* converted(const Matrix& x, int64_t row, int64_t at, int n, F* buffer) {
-    T t_buffer[CHUNK];
+    T t_buffer[PIECE];
     const T* t = x.at<T>(row, at);
     if constexpr (std::is_same_v<T, F>) {
         if (x.class_stride == 1) return t;
@@ -55,17 +57,24 @@ INLINE const F* probabilities(const Call& c, int64_t row, int64_t at, int n, F* 
     return converted<double>(c.target, row, at, n, buffer);
 }
 
-// exp is taken relative to the maximum so far, which is nearly always that of the whole row after the first chunks.
-// The few chunks that turn out to raise it (all of them, if the logits are sorted) are gone over again, in the cache.
+// exp is taken relative to the maximum so far, which is nearly always that of the whole row after the first pieces.
+// The few pieces that turn out to raise it (all of them, if the logits are sorted) are gone over again, in the cache.
 template <class T, class F>
 INLINE void add_exp(const Call& c, Found& found, const T* x, const F* z, int n, int64_t at) {
     const auto sums = [&](F base) {
-        const char* logits = reinterpret_cast<const char*>(x);
-        const int size = sizeof(T);
-        return c.entropy ? sum_exp<true>(z, n, base, logits, size) : sum_exp<false>(z, n, base, logits, size);
+        constexpr int size = sizeof(T);
+        Sums<double> s{};
+        for (int i = 0; i < n; i += CHUNK) {
+            const char* logits = reinterpret_cast<const char*>(x + i);
+            const int part = n - i < CHUNK ? n - i : CHUNK;
+            const Sums<F> some = c.entropy ? sum_exp<true>(z + i, part, base, logits, size)
+                                           : sum_exp<false>(z + i, part, base, logits, size);
+            s = {s.sum + some.sum, s.tilt + some.tilt, s.above || some.above};
+        }
+        return s;
     };
     F top = found.max == -INF ? maximum(z, n) : F(found.max);
-    Sums<F> s = sums(top == -F(INF) ? 0 : top);  // only -inf yet: exp(-inf - 0), not exp(-inf - -inf)
+    Sums<double> s = sums(top == -F(INF) ? 0 : top);  // only -inf yet: exp(-inf - 0), not exp(-inf - -inf)
     if (s.above) {
         top = maximum(z, n);
         s = sums(top);
@@ -84,8 +93,8 @@ INLINE void add_exp(const Call& c, Found& found, const T* x, const F* z, int n, 
 }
 
 template <class T, class F>
-INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t y, int64_t at, int n) {
-    F z_buffer[CHUNK], q_buffer[CHUNK];
+INLINE void add_piece(const Call& c, Found& found, int64_t row, int64_t y, int64_t at, int n) {
+    F z_buffer[PIECE], q_buffer[PIECE];
     const T* x = c.logits.at<T>(row, at);
     const F* z = scores(c, x, n, z_buffer);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
@@ -100,8 +109,8 @@ INLINE void add_chunk(const Call& c, Found& found, int64_t row, int64_t y, int64
 }
 
 template <class T, class F>
-INLINE void gradient_chunk(const Call& c, int64_t row, int k, int64_t at, int n, const Factors<F>& of) {
-    F z_buffer[CHUNK], q_buffer[CHUNK], d_buffer[CHUNK];
+INLINE void gradient_piece(const Call& c, int64_t row, int k, int64_t at, int n, const Factors<F>& of) {
+    F z_buffer[PIECE], q_buffer[PIECE], d_buffer[PIECE];
     const T* x = c.logits.at<T>(row + k, at);
     const char* logits = reinterpret_cast<const char*>(x);
     const F* z = scores(c, x, n, z_buffer);
@@ -119,12 +128,12 @@ INLINE void gradient_chunk(const Call& c, int64_t row, int k, int64_t at, int n,
 
 // ------------------------------------------------------------------------------------------------- rows
 
-INLINE int chunk(int64_t left) { return left < CHUNK ? int(left) : CHUNK; }
+INLINE int piece(int64_t left) { return left < PIECE ? int(left) : PIECE; }
 
 template <class T>
 INLINE Found scan(const Call& c, int64_t row, int64_t y, int64_t at, int64_t end) {
     Found found;
-    for (; at < end; at += CHUNK) add_chunk<T, Compute<T>>(c, found, row, y, at, chunk(end - at));
+    for (; at < end; at += PIECE) add_piece<T, Compute<T>>(c, found, row, y, at, piece(end - at));
     return found;
 }
 
@@ -174,7 +183,7 @@ LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, i
         }
         if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row + k, begin)), (end - begin) * int64_t(sizeof(T)));
         if (sums.entries) pick_row<T>(c, row + k);
-        for (int64_t at = begin; at < end; at += CHUNK) gradient_chunk<T>(c, row, k, at, chunk(end - at), of);
+        for (int64_t at = begin; at < end; at += PIECE) gradient_piece<T>(c, row, k, at, piece(end - at), of);
         if (sums.entries) put_row<T>(c, row + k, sums);
         if (!c.soft() && begin <= y[k] && y[k] < end) narrow(value[k], *c.out.at<T>(row + k, y[k]));
     }
