@@ -168,10 +168,10 @@ def test_few_rows_of_very_many_classes() -> None:
 
 
 @pytest.mark.parametrize("dtype", oracle.ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("C", [3, 10])  # less than a tile, and two that overlap
+@pytest.mark.parametrize("C", [3, 10, 61])  # less than a tile, two that overlap, and more than are taken in tiles
 def test_rows_that_lie_apart_in_place(C: int, dtype: torch.dtype) -> None:
     """What lies between them is not written. Their targets lie apart, too."""
-    whole, y = oracle.rows(dtype, N=41, C=16)[0], torch.stack([torch.arange(41) % C, -torch.ones(41).long()], 1)[:, 0]
+    whole, y = oracle.rows(dtype, N=41, C=64)[0], torch.stack([torch.arange(41) % C, -torch.ones(41).long()], 1)[:, 0]
     x, rest = whole[:, :C], whole[:, C:].clone()
     truth, g = truth_for(x, y), upstream(len(x))
     expected = oracle.gradient(x, y, truth, g)

@@ -103,7 +103,9 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
     int64_t y[WIDTH];
     F z_y[WIDTH] = {}, value[WIDTH];
     Factors<F> of;
+    F counts[WIDTH];
     const bool ignored = targets_of(c, row, rows, y);
+    for (int k = 0; k < rows; ++k) counts[k] = y[k] == IGNORED ? 0 : 1;
     factors_of(c, row, rows, y, of);
     const bool side_by_side = together(c.out, row, rows);
     for (int step = classes_of_tile(rows); at < end; at += step) {
@@ -120,8 +122,7 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
         for (int i = 0; i < n && c.has_wsum(); ++i) add_weighted<F>(of.g_wsum, nullptr, w ? w + i : nullptr, rows, d[i]);
         for (int i = 0; i < n && c.softcap != 0; ++i) multiply_slope(z[i], rows, F(c.softcap), d[i]);
         if (!c.soft()) put(value, n, rows, y, at, d);
-        for (int k = 0; k < rows && ignored; ++k)
-            for (int i = 0; i < n && y[k] == IGNORED; ++i) d[i][k] = 0;
+        for (int i = 0; i < n && ignored; ++i) keep(counts, rows, d[i]);
         if (!side_by_side) {
             transpose_back<F, T>(d, row, rows, at, n, c.out);
         } else if constexpr (!std::is_same_v<T, F>) {

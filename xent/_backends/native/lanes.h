@@ -153,6 +153,13 @@ LOOP void add_weighted(const F* g, const F* q, const F* w, int rows, F* d) {
     for (int k = 0; k < rows; ++k) d[k] += g[k] * (q ? q[k] : 1) * (w ? *w : 1);
 }
 
+// 0 where a row does not count, whatever is there.
+template <class F>
+LOOP void keep(const F* counts, int rows, F* d) {
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) d[k] = counts[k] != 0 ? d[k] : 0;
+}
+
 template <class F>
 LOOP void logarithms(const F* x, int n, F* out) {
 #pragma omp simd

@@ -190,20 +190,19 @@ INLINE void softmax_of_lanes(F top, F a, F h, F* p) {
 
 template <bool TILT, class F>
 LOOP void softmax(const F* z, int n, F top, F a, F h, F* d, const char* logits, int size) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
+    // What is left over is the end of one more vector that overlaps the last one: read before d is written over it.
+    const int left = n % LANES, first = n < LANES ? 0 : n - LANES, lanes = n < LANES ? n : LANES;
+    F last[LANES] = {};
+    for (int k = 0; k < lanes && left; ++k) last[k] = z[first + k];
+    for (int i = 0; i + LANES <= n; i += LANES) {
         PREFETCH(logits + i * size + AHEAD, 2);
         F p[LANES];
         for (int k = 0; k < LANES; ++k) p[k] = z[i + k];
         softmax_of_lanes<TILT>(top, a, h, p);
         for (int k = 0; k < LANES; ++k) d[i + k] = p[k];
     }
-    if (i < n) {
-        F p[LANES] = {};
-        for (int k = 0; k < n - i; ++k) p[k] = z[i + k];
-        softmax_of_lanes<TILT>(top, a, h, p);
-        for (int k = 0; k < n - i; ++k) d[i + k] = p[k];
-    }
+    if (left) softmax_of_lanes<TILT>(top, a, h, last);
+    for (int k = 0; k < lanes && left; ++k) d[first + k] = last[k];
 }
 
 template <class F>

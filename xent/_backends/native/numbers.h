@@ -46,8 +46,11 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
 LOOP void weights_of(const Call& c, int rows, const int64_t* y, double* w) {
     const double* row_weight = c.formula.row_weight;
     for (int k = 0; k < rows; ++k) w[k] = y[k] != IGNORED;
-    for (int k = 0; k < rows && row_weight; ++k)
-        if (0 <= y[k] && y[k] < c.C) w[k] = row_weight[y[k]];
+    for (int k = 0; k < rows && row_weight; ++k) {
+        const bool here = 0 <= y[k] && y[k] < c.C;
+        const double weight = row_weight[here ? y[k] : 0];  // no branch, since some may be elsewhere
+        w[k] = here ? weight : w[k];
+    }
 }
 
 // Rounded twice, as torch does it: no fused multiply-add, so that a graph of torch operations finds the same bits.
@@ -73,7 +76,7 @@ LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, 
         for (int k = 0; k < rows; ++k) smooth[k] *= share, loss[k] = gone ? 0 : kept * loss[k];
         add(smooth, rows, loss);
     }
-    for (int k = 0; k < rows; ++k) minus[k] = f.z_loss * ((top[k] + lse[k]) * (top[k] + lse[k]));
+    for (int k = 0; k < rows && f.z_loss != 0; ++k) minus[k] = f.z_loss * ((top[k] + lse[k]) * (top[k] + lse[k]));
     if (f.z_loss != 0) add(minus, rows, loss);
 }
 
@@ -180,7 +183,7 @@ LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t
         more[k] = share[k] * eps * f.weight_sum;
     }
     if (f.eps > 0) add(more, rows, of.g_lse);
-    for (int k = 0; k < rows; ++k) more[k] = share[k] * (2 * f.z_loss) * (double(of.top[k]) + of.lse[k]);
+    for (int k = 0; k < rows && f.z_loss != 0; ++k) more[k] = share[k] * (2 * f.z_loss) * (double(of.top[k]) + of.lse[k]);
     if (f.z_loss != 0) add(more, rows, of.g_lse);
 }
 
