@@ -1,10 +1,10 @@
 // The module xent._backends.native._native: the two primitives for CPU tensors.
 //
 // It knows of torch nothing but DLPack, so that one binary serves every release of it and of Python. Files: tensors.h what
-// Python hands over, math.h one number, call.h one call, rows.h the passes over rows, loops.h their
-// inner loops, tiles.h, lanes.h and blocks.h the same for many rows at once, numbers.h what a row takes besides its logits,
-// threads.h who does what, memory.h how memory is asked for, candidates.h several classes per row, samples.h, sparse.h
-// and entries.h the sparse gradient, settings.h what is no call; and here the instruction sets and the Python functions.
+// Python hands over, primitives.h, losses.h and entries.h the Python functions, settings.h those that are no call; math.h
+// one number, call.h one call, rows.h the passes over rows, loops.h their inner loops, tiles.h, lanes.h and blocks.h the same
+// for many rows at once, numbers.h what a row takes besides its logits, threads.h who does what, memory.h how memory is asked
+// for, candidates.h several classes per row, samples.h and sparse.h the sparse gradient; and here the instruction sets.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
