@@ -23,6 +23,20 @@ struct Pages {  // the whole ones in a piece of memory
     }
 };
 
+// Whether memory that was just allocated has been used before, and so has pages already: a few of them, far apart, tell.
+inline bool resident(Pages pages) {
+#if defined(__linux__)
+    const int64_t last = (pages.end - pages.begin) / 4096 - 1, probes = 16;
+    unsigned char here = 1;
+    for (int64_t i = 0; i < probes && here & 1; ++i)
+        if (mincore(pages.begin + last * i / (probes - 1) * 4096, 1, &here) != 0) return false;
+    return last >= 0 && here & 1;
+#else
+    (void)pages;
+    return false;
+#endif
+}
+
 // Most of what fresh memory costs are its page faults, one for each 4 KiB; with huge pages, one for each 2 MiB.
 inline void advise_huge_pages(Pages pages) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -111,10 +111,12 @@ void write_number(double x, Type type, char* out) {
     if (type == FLOAT64) narrow(x, *reinterpret_cast<double*>(out));
 }
 
-void prepare_out(Call& c, int64_t bytes, bool fresh) {
-    c.past_caches = !fresh && bytes >= LARGE;  // fresh pages are in the cache, where the system has just cleared them
-    if (!fresh || bytes < HUGE_PAGES) return;
+// Returns whether the memory is fresh: a new result need not be, for some allocators keep pages and hand them out again.
+bool prepare_out(Call& c, int64_t bytes, bool fresh) {
     const Pages pages(c.out.data, bytes);
+    if (fresh && bytes >= LARGE && resident(pages)) fresh = false;
+    c.past_caches = !fresh && bytes >= LARGE;  // fresh pages are in the cache, where the system has just cleared them
+    if (!fresh || bytes < HUGE_PAGES) return fresh;
     // What the rows that count take, and what they take in huge pages, which are cleared whole.
     const int64_t row_bytes = bytes / c.N;
     int64_t counted = c.by_class || bytes < LARGE ? bytes : 0, touched = 0, end = 0;  // by class all is written
@@ -130,6 +132,7 @@ void prepare_out(Call& c, int64_t bytes, bool fresh) {
         c.scattered = 2 * counted < touched;
     }
     if (!c.scattered) advise_huge_pages(pages);
+    return true;
 }
 
 // ------------------------------------------------------------------------------------------------- Python
@@ -160,6 +163,7 @@ PyMODINIT_FUNC PyInit__native() {
         {"use_openmp", fast(py_use_openmp), METH_FASTCALL, nullptr},
         {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
         {"use", py_use, METH_O, nullptr},
+        {"resident", fast(py_resident), METH_FASTCALL, nullptr},
         {"exp", fast(py_exp), METH_FASTCALL, nullptr},
         {nullptr, nullptr, 0, nullptr},
     };

@@ -114,8 +114,8 @@ PyObject* gradient(Read& c, Arguments& a) {
     double* const scores = static_cast<double*>(std::malloc(size_t(c.N * c.candidates.K + 1) * sizeof *scores));
     c.candidates.scores = scores;
     if (scores) compute(c, [&] {
-        fresh ? cut_fresh(c, c.threads) : cut(c);
-        prepare_out(c, c.bytes(), fresh);
+        cut(c);
+        if (prepare_out(c, c.bytes(), fresh)) spread(c, c.threads);
         pass_of_candidates(kernels->pick[c.dtype()], c, c.threads);
         run(kernels->gradient[c.dtype()], c, c.threads);
         pass_of_candidates(kernels->put[c.dtype()], c, c.threads);

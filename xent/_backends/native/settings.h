@@ -44,6 +44,15 @@ PyObject* py_use(PyObject*, PyObject* name) {
     return PyErr_Format(PyExc_ValueError, "expected an instruction set of this machine, got %R", name);
 }
 
+// Whether memory has its pages already, for tests: (address, bytes)
+PyObject* py_resident(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 2)) return nullptr;
+    Arguments a{args};
+    void* data = a.address<void>();
+    const int64_t bytes = a.integer();
+    return PyErr_Occurred() ? nullptr : PyBool_FromLong(resident(Pages(data, bytes)));
+}
+
 // exp of float32 (or float64) numbers, for tests: (address of numbers, address of results, count, bytes per number)
 PyObject* py_exp(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 4)) return nullptr;

@@ -61,8 +61,7 @@ inline void cut(Call& c) {
 
 // Into fresh memory threads write far apart: two that touch the same huge page at the same time would both clear one,
 // and one of them for nothing.
-inline void cut_fresh(Call& c, int64_t threads) {
-    cut(c);
+inline void spread(Call& c, int64_t threads) {
     const int64_t rows = c.N / (4 * threads);
     if (c.rows_per_task < rows) c.rows_per_task = rows;
 }
