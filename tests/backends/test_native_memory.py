@@ -12,7 +12,6 @@ import torch
 from oracle import NOTHING, grad_of, stats_of
 from torch import Tensor
 
-from xent._backends.native import checks
 from xent._records import Upstream
 from xent._rows import dispatch as _primitives
 
@@ -41,10 +40,8 @@ def memory(like: Tensor, *, used: bool, offset: int = 0) -> Tensor:
 
 def take(monkeypatch: pytest.MonkeyPatch, out: Tensor) -> None:
     """For a result, instead of what torch's allocator has; not for one in place."""
-    make = checks.gradient_memory
-    monkeypatch.setattr(
-        native, "gradient_memory", lambda given, *rest: make(out[None] if given is None else given, *rest)
-    )
+    make = native._memory
+    monkeypatch.setattr(native, "_memory", lambda given, *rest: make(out[None] if given is None else given, *rest))
 
 
 @linux
@@ -71,13 +68,9 @@ def test_used_pages_are_kept(used: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 CASES = [  # rows, classes, how far from a cache line the gradient begins, what else
-    (180, 50_257, 0, "float32"),
     (180, 50_257, 1, "all"),
     (350, 50_257, 3, "bfloat16"),
-    (350, 50_257, 0, "float16"),
     (90, 50_257, 1, "float64"),
-    (15_000, 601, 5, "float32"),
-    (700, 13_000, 0, "probabilities"),
     (2, 5_000_000, 1, "float32"),
     (1_000_000, 10, 0, "float32"),
 ]
@@ -86,20 +79,19 @@ CASES = [  # rows, classes, how far from a cache line the gradient begins, what 
 @linux
 @pytest.mark.parametrize(("N", "C", "offset", "what"), CASES)
 def test_the_memory_changes_no_bit(N: int, C: int, offset: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(N, C, dtype=torch.float32 if what in ("all", "probabilities") else getattr(torch, what))
+    x = torch.randn(N, C, dtype=torch.float32 if what == "all" else getattr(torch, what))
     y = torch.arange(N) % C
     y[::7] = -100
-    target = torch.rand(N, C) if what == "probabilities" else y
     reading = {"scale": 1.5, "softcap": 20.0} if what == "all" else {}
     weight = torch.rand(C) if what == "all" else None
-    found = stats_of(x, target, NOTHING, weight, **reading)
+    found = stats_of(x, y, NOTHING, weight, **reading)
     g = torch.rand(N, dtype=torch.float64)
     given = Upstream(g, -g, g, g) if what == "all" else Upstream(g, -g)
     grads = []
     for used in (True, False):
         take(monkeypatch, memory(x, used=used, offset=offset))
-        grads.append(grad_of(x, target, found, given, weight, **reading))
-    grads.append(grad_of(x, target, found, given, weight, out=x, **reading))
+        grads.append(grad_of(x, y, found, given, weight, **reading))
+    grads.append(grad_of(x, y, found, given, weight, out=x, **reading))
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])
 
