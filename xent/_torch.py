@@ -31,6 +31,7 @@ _PLAIN = _key_set(_PLAIN_NAMES)
 _BEYOND = ~_PLAIN
 _MODE = _key_set(["Python", "PythonTLSSnapshot"])  # a TorchDispatchMode is active
 _ModeKey = torch._C._TorchDispatchModeKey
+_keys_of_one, _keys_of_this_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
 _TRACERS = (_ModeKey.FAKE, _ModeKey.PROXY, _ModeKey.FUNCTIONAL)
 
 
@@ -41,10 +42,10 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    keys = _keys_of_this_thread().raw_repr()
     for tensor in tensors:  # as `_keys_of`, without the call
         if tensor is not None:
-            keys |= torch._C._dispatch_keys(tensor).raw_repr()
+            keys |= _keys_of_one(tensor).raw_repr()
     return keys & _BEYOND != 0
 
 
@@ -60,14 +61,14 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 
 def _keys_of_thread() -> int:
-    return torch._C._dispatch_tls_local_include_set().raw_repr()
+    return _keys_of_this_thread().raw_repr()
 
 
 def _keys_of(tensors: tuple[Tensor | None, ...]) -> int:
     keys = 0
     for tensor in tensors:
         if tensor is not None:
-            keys |= torch._C._dispatch_keys(tensor).raw_repr()
+            keys |= _keys_of_one(tensor).raw_repr()
     return keys
 
 
@@ -85,8 +86,10 @@ def is_batched_gradient(tensor: Tensor | None) -> bool:
 
 def needs_graph(input: Tensor, *others: Tensor | None) -> bool:
     """Whether something else than `input` is differentiated, or forward mode is on for any of these."""
-    if torch.is_grad_enabled() and any(other is not None and other.requires_grad for other in others):
-        return True
+    if torch.is_grad_enabled():
+        for other in others:
+            if other is not None and other.requires_grad:
+                return True
     return forward_ad._current_level >= 0 and any(other is not None and is_dual(other) for other in (input, *others))
 
 

@@ -99,8 +99,11 @@ def losses(
     """See `xent._rows.formula.losses`. The numbers: top, lse and, of probabilities, mass."""
     soft, dtype = target.is_floating_point(), formula.dtype
     numbers = torch.empty(2 + soft, layout.A * layout.B, dtype=FLOAT64)
-    shape = () if formula.reduction != "none" else layout.positions(input.shape)
-    value = torch.empty(shape, dtype=dtype if dtype in LOGITS else FLOAT64)
+    written = dtype if dtype in LOGITS else FLOAT64
+    if formula.reduction == "none":
+        value = torch.empty(layout.positions(input.shape), dtype=written)
+    else:
+        value = torch.empty_strided((), (), dtype=written)  # sooner there than torch.empty(())
     threads = torch.get_num_threads()
     divisor = _native.losses(input, target, layout, spec, threads, formula, weight, normalizer, numbers, value)
     if divisor is None:
