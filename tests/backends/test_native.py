@@ -127,6 +127,9 @@ def test_rows_that_are_infinite_or_nan(shape: tuple[int, int]) -> None:
     x[0] = -INF
     assert stats_of(x, y).lse[0] == -INF
     assert stats_of(x, y).lse[1].isfinite()
+    minus = grad_of(x, y, stats_of(x, y), Upstream(torch.ones(2).double(), -torch.ones(2).double()))
+    assert minus[0].isnan().all()  # as torch has it: no distribution is left
+    assert minus[1].isfinite().all()
     for bad in (INF, NAN):
         for at in (0, 700, shape[1] - 1):
             x[1] = -INF if at else 0.0

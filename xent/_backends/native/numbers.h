@@ -197,14 +197,8 @@ LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Fac
     if (c.g_picked.data) read(c.g_picked, row, rows, of.g_target);
     if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);
     if (c.g_wsum.data) read(c.g_wsum, row, rows, of.g_sum);
-    int64_t large = 0;
-#pragma omp simd reduction(| : large)
-    for (int k = 0; k < rows; ++k) {
-        minus[k] = -of.lse[k];
-        large |= minus[k] < 700 ? 0 : 1;
-    }
+    for (int k = 0; k < rows; ++k) minus[k] = -of.lse[k];  // at most 0, for the largest of all terms is 1; inf gives NaN
     exponentials(minus, rows, factor);
-    for (int k = 0; k < rows && large; ++k) factor[k] = std::exp(minus[k]);
     const double scale = c.scale;
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
