@@ -61,7 +61,7 @@ def test_peak(case: str, least: float, most: float, of_backend: dict[str, Any]) 
     [
         pytest.param("product", 2.1, id="the gradient and the product"),
         pytest.param("product, softcap", 2.15, id="softcap"),
-        pytest.param("product, z-loss", 3.05, id="beside a z-loss, the square of lse has a part of its own"),
+        pytest.param("product, z-loss", 3.1, id="beside a z-loss, the square of lse has a part of its own"),
     ],
 )
 def test_hessian_vector_product(case: str, most: float, of_first: dict[str, Any]) -> None:
