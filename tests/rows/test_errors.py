@@ -213,3 +213,11 @@ def test_nothing_is_written_when_the_target_is_out_of_range() -> None:
         xent.cross_entropy(x, torch.tensor([0, 9, 1, 2]), inplace_backward=True)
     assert x.equal(before)
     assert x.grad is None
+
+
+def test_a_dim_that_only_equals_a_number() -> None:
+    """What is known of these shapes with dim=1 is not known with True."""
+    logits, target = torch.randn(2, 5, 3), torch.zeros(2, 3, dtype=torch.int64)
+    xent.cross_entropy(logits, target, dim=1)
+    with pytest.raises(TypeError, match="dim: expected an int or None, got True"):
+        xent.cross_entropy(logits, target, dim=True)
