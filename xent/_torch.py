@@ -56,12 +56,8 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or _keys_of(tensors) & ~_PLAIN:
         return True
-    beyond = _keys_of_thread() & ~_PLAIN
+    beyond = _keys_of_this_thread().raw_repr() & ~_PLAIN
     return beyond & ~_MODE != 0 or (beyond != 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)))
-
-
-def _keys_of_thread() -> int:
-    return _keys_of_this_thread().raw_repr()
 
 
 def _keys_of(tensors: tuple[Tensor | None, ...]) -> int:

@@ -15,8 +15,23 @@ from torch import Tensor
 from .. import _torch
 from .._records import compute_dtype
 
+LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what kernels read
+TARGETS = (torch.int64, torch.int32, *LOGITS)
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 DEVICE_BYTES = 16 << 20  # of a term of each logit, off the CPU: a pass over it takes longer than its launch
+
+
+def refusal_to_read(logits: Tensor, target: Tensor) -> str | None:
+    """Why code that reads the memory of tensors cannot take these, whatever its device."""
+    if logits.layout is not torch.strided or target.layout is not torch.strided:
+        return f"takes strided tensors, got logits {logits.layout} and target {target.layout}"
+    if logits.is_neg() or target.is_neg():
+        return "takes numbers as they lie in memory, got a view that is yet to be negated"
+    if logits.dtype not in LOGITS:
+        return f"takes float32, bfloat16, float16 and float64 logits, got {logits.dtype}"
+    if target.dtype not in TARGETS:
+        return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
+    return None
 
 
 def scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -26,7 +26,7 @@ from ..._records import (
     compute_dtype,
     has_candidates,
 )
-from .. import advise_huge_pages, check_range, elements_are_apart
+from .. import LOGITS, advise_huge_pages, check_range, elements_are_apart, refusal_to_read
 
 try:
     _native: Any = importlib.import_module("._native", __name__)
@@ -39,8 +39,6 @@ except (ImportError, AttributeError) as error:
 
 ABOUT = f"compiled C++ for CPU tensors, {_native.instruction_sets()[0]}, on the threads of torch"
 FLOAT64 = torch.float64
-LOGITS = (torch.float32, torch.bfloat16, torch.float16, FLOAT64)
-TARGETS = (torch.int64, torch.int32, *LOGITS)
 SLOTS = 1 << 18  # entries of the rows that are sampled in one call
 TAKES_CANDIDATES = True  # several classes per row, (A, B, K)
 
@@ -49,15 +47,7 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
     """Why this backend cannot take these tensors."""
     if not (logits.is_cpu and target.is_cpu):
         return f"takes CPU tensors, got logits on {logits.device} and target on {target.device}"
-    if logits.layout is not torch.strided or target.layout is not torch.strided:
-        return f"takes strided tensors, got logits {logits.layout} and target {target.layout}"
-    if logits.is_neg() or target.is_neg():
-        return "takes numbers as they lie in memory, got a view that is yet to be negated"
-    if logits.dtype not in LOGITS:
-        return f"takes float32, bfloat16, float16 and float64 logits, got {logits.dtype}"
-    if target.dtype not in TARGETS:
-        return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
-    return None
+    return refusal_to_read(logits, target)
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
-from .. import assert_on_device, check_range
+from .. import assert_on_device, check_range, refusal_to_read
 
 try:
     import triton
@@ -53,8 +53,6 @@ from .samples import row_samples_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ABOUT = f"Triton {triton.__version__}, " + ("interpreted: slow, for tests" if INTERPRETED else "for CUDA and ROCm")
-LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TARGETS = (torch.int64, torch.int32, *LOGITS)
 FIELDS = 9  # of a state in forward.py
 SLOTS = 1 << 20  # for the entries of rows that are sampled by one launch
 
@@ -67,15 +65,7 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
         return f"takes CUDA and ROCm tensors (under TRITON_INTERPRET=1 only the CPU's), got logits on {logits.device}"
     if INTERPRETED and os.environ.get("XENT_BACKEND") != "triton":
         return "is a hundred times slower in the interpreter: only where XENT_BACKEND=triton asks for it"
-    if logits.layout is not torch.strided or target.layout is not torch.strided:
-        return f"takes strided tensors, got logits {logits.layout} and target {target.layout}"
-    if logits.is_neg() or target.is_neg():
-        return "takes numbers as they lie in memory, got a view that is yet to be negated"
-    if logits.dtype not in LOGITS:
-        return f"takes float32, bfloat16, float16 and float64 logits, got {logits.dtype}"
-    if target.dtype not in TARGETS:
-        return f"takes int64 and int32 indices, and probabilities in the dtypes of logits, got {target.dtype} targets"
-    return None
+    return refusal_to_read(logits, target)
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
