@@ -14,6 +14,7 @@ GCC_LIKE = [
     "-fvisibility=hidden",
     "-fno-math-errno",  # with the next: what vectorised arithmetic needs of -ffast-math, which itself breaks exp
     "-fno-trapping-math",
+    "-fwrapv",  # which most Pythons add: without it GCC takes the loops over lanes number by number
     "-fopenmp-simd",  # the pragmas only: threads come from torch's own OpenMP runtime, found at run time
     "-fno-exceptions",
     "-fno-rtti",
