@@ -93,46 +93,42 @@ LOOP F maximum(const F* z, int n) {
     return largest_of_lanes(top);
 }
 
-template <class F>
 struct Sums {
-    F sum, tilt;
-    bool above;
-};
-
-template <class F>
-struct SumsInLanes {
-    F sum[LANES], tilt[LANES], top[LANES];
+    double sum, tilt;
 };
 
 template <bool TILT, bool LAST, class F>
-INLINE void add_exp_of_lanes(const F* z, int skip, F base, SumsInLanes<F>& s) {
+INLINE void add_exp_of_lanes(const F* z, int skip, F base, F* sum, F* tilt) {
 #pragma omp simd
     for (int k = 0; k < LANES; ++k) {
-        const F z_k = z[k], t = LAST && k < skip ? -F(INF) : z_k - base, e = exponential(t);
-        s.top[k] = z_k > s.top[k] ? z_k : s.top[k];
-        s.sum[k] += e;
-        if (TILT) s.tilt[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
+        const F t = LAST && k < skip ? -F(INF) : z[k] - base, e = exponential(t);
+        sum[k] += e;
+        if (TILT) tilt[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
     }
 }
 
-// The sums of e^t and e^t t with t = z - base, and whether any z is above the base. On the way, what lies AHEAD of the
+// The sums of e^t and e^t t with t = z - base: of a chunk in F, of all in double. On the way, what lies AHEAD of the
 // logits in memory, `size` bytes each, is asked for into the second-level cache: spread over the loop like this, the
 // arithmetic and the memory work at the same time. (Explicit lanes, since nothing else fits into a simd loop.)
 template <bool TILT, class F>
-LOOP Sums<F> sum_exp(const F* z, int n, F base, const char* logits, int size) {
+LOOP Sums sum_exp(const F* z, int n, F base, const char* logits, int size) {
     F few[LANES];
-    SumsInLanes<F> s;
-    for (int k = 0; k < LANES; ++k) s.sum[k] = s.tilt[k] = 0, s.top[k] = base;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        PREFETCH(logits + i * size + AHEAD, 2);
-        add_exp_of_lanes<TILT, false>(z + i, 0, base, s);
+    double sum[LANES] = {}, tilt[LANES] = {};
+    for (int64_t i = 0; i < n;) {
+        const int64_t end = i + CHUNK < n ? i + CHUNK : n;
+        F s[LANES] = {}, u[LANES] = {};
+        for (; i + LANES <= end; i += LANES) {
+            PREFETCH(logits + i * size + AHEAD, 2);
+            add_exp_of_lanes<TILT, false>(z + i, 0, base, s, u);
+        }
+        if (i < end) {
+            const Vector<F> last = last_vector(z, n, few);
+            add_exp_of_lanes<TILT, true>(last.at, last.skip, base, s, u);
+            i = end;
+        }
+        for (int k = 0; k < LANES; ++k) sum[k] += s[k], tilt[k] += TILT ? u[k] : 0;
     }
-    if (i < n) {
-        const Vector<F> last = last_vector(z, n, few);
-        add_exp_of_lanes<TILT, true>(last.at, last.skip, base, s);
-    }
-    return {sum_of_lanes(s.sum), sum_of_lanes(s.tilt), largest_of_lanes(s.top) > base};
+    return {sum_of_lanes(sum), TILT ? sum_of_lanes(tilt) : 0};
 }
 
 // The first class with this logit; with a NaN, the first NaN. n if there is none.
@@ -191,10 +187,12 @@ INLINE void softmax_of_lanes(F top, F a, F h, F* p) {
 template <bool TILT, class F>
 LOOP void softmax(const F* z, int n, F top, F a, F h, F* d, const char* logits, int size) {
     // What is left over is the end of one more vector that overlaps the last one: read before d is written over it.
-    const int left = n % LANES, first = n < LANES ? 0 : n - LANES, lanes = n < LANES ? n : LANES;
+    const bool left = n % LANES != 0, few = n < LANES;
+    const int64_t first = few ? 0 : n - LANES;
     F last[LANES] = {};
-    for (int k = 0; k < lanes && left; ++k) last[k] = z[first + k];
-    for (int i = 0; i + LANES <= n; i += LANES) {
+    for (int k = 0; few && k < n; ++k) last[k] = z[k];
+    for (int k = 0; !few && k < LANES; ++k) last[k] = (z + first)[k];
+    for (int64_t i = 0; i + LANES <= n; i += LANES) {
         PREFETCH(logits + i * size + AHEAD, 2);
         F p[LANES];
         for (int k = 0; k < LANES; ++k) p[k] = z[i + k];
@@ -202,7 +200,8 @@ LOOP void softmax(const F* z, int n, F top, F a, F h, F* d, const char* logits, 
         for (int k = 0; k < LANES; ++k) d[i + k] = p[k];
     }
     if (left) softmax_of_lanes<TILT>(top, a, h, last);
-    for (int k = 0; k < lanes && left; ++k) d[first + k] = last[k];
+    for (int k = 0; few && k < n; ++k) d[k] = last[k];
+    for (int k = 0; left && !few && k < LANES; ++k) (d + first)[k] = last[k];
 }
 
 template <class F>

@@ -58,31 +58,16 @@ INLINE const F* probabilities(const Call& c, int64_t row, int64_t at, int n, F* 
 }
 
 // exp is taken relative to the maximum so far, which is nearly always that of the whole row after the first pieces.
-// The few pieces that turn out to raise it (all of them, if the logits are sorted) are gone over again, in the cache.
 template <class T, class F>
 INLINE void add_exp(const Call& c, Found& found, const T* x, const F* z, int n, int64_t at) {
-    const auto sums = [&](F base) {
-        constexpr int size = sizeof(T);
-        Sums<double> s{};
-        for (int i = 0; i < n; i += CHUNK) {
-            const char* logits = reinterpret_cast<const char*>(x + i);
-            const int part = n - i < CHUNK ? n - i : CHUNK;
-            const Sums<F> some = c.entropy ? sum_exp<true>(z + i, part, base, logits, size)
-                                           : sum_exp<false>(z + i, part, base, logits, size);
-            s = {s.sum + some.sum, s.tilt + some.tilt, s.above || some.above};
-        }
-        return s;
-    };
-    F top = found.max == -INF ? maximum(z, n) : F(found.max);
-    Sums<double> s = sums(top == -F(INF) ? 0 : top);  // only -inf yet: exp(-inf - 0), not exp(-inf - -inf)
-    if (s.above) {
-        top = maximum(z, n);
-        s = sums(top);
-    }
+    const F top = maximum(z, n);
     if (top > found.max) {
         rebase(found, top);
         if (c.argmax) found.argmax = at + find(z, n, top);
     }
+    const F base = found.max == -INF ? 0 : F(found.max);  // only -inf yet: exp(-inf - 0), not exp(-inf - -inf)
+    const char* logits = reinterpret_cast<const char*>(x);
+    const Sums s = c.entropy ? sum_exp<true>(z, n, base, logits, sizeof(T)) : sum_exp<false>(z, n, base, logits, sizeof(T));
     if (c.argmax && s.sum != s.sum && found.max == found.max) {
         const F nan = std::numeric_limits<F>::quiet_NaN();
         const int first = find(z, n, nan);
@@ -140,16 +125,16 @@ INLINE Found scan(const Call& c, int64_t row, int64_t y, int64_t at, int64_t end
 template <class T>
 LOOP void statistics_by_row(const Call& c, int64_t task, int64_t row, int rows, int64_t at, int64_t end) {
     using F = Compute<T>;
-    int64_t y[WIDTH], argmax[WIDTH];
+    int64_t y[WIDTH];
     Totals<F> all;
     targets_of(c, row, rows, y);
     for (int k = 0; k < rows; ++k) {
         const Found found = y[k] == IGNORED ? Found() : scan<T>(c, row + k, y[k], at, end);
         if (c.picks_candidates()) pick_row<T>(c, row + k);
         if (c.parts > 1) return void(c.found[task] = found);
-        put_found(found, k, all, argmax);
+        put_found(found, k, all);
     }
-    finish_block(c, task, row, rows, all, y, argmax);
+    finish_block(c, task, row, rows, all, y);
 }
 
 template <class T>
