@@ -8,6 +8,7 @@ LOOP void clear(const Call& c, int rows, Totals<F>& all) {
     const bool part = c.parts > 1;
     std::memset(all.sum, 0, bytes);
     if (part || c.entropy) std::memset(all.tilt, 0, bytes);
+    if (part || c.argmax) std::memset(all.argmax, 0, bytes);
     if (part || c.soft()) std::memset(all.picked, 0, bytes), std::memset(all.mass, 0, bytes);
     if (part || c.has_wsum()) std::memset(all.wsum, 0, bytes), std::memset(all.weights, 0, bytes);
 }
@@ -39,9 +40,9 @@ LOOP void add_probabilities(const Call& c, Lanes<F> z, int64_t row, int rows, in
 template <class F>
 LOOP void pick(Lanes<F> z, int n, int rows, const int64_t* y, int64_t at, F* picked) {
     for (int k = 0; k < rows; ++k) {
-        const bool here = at <= y[k] && y[k] < at + n;
-        const F value = z[here ? y[k] - at : 0][k];
-        picked[k] = here ? value : picked[k];
+        const uint64_t i = uint64_t(y[k] - at), end = uint64_t(n);
+        const F value = z[int64_t(i < end ? i : 0)][k];
+        picked[k] = i < end ? value : picked[k];
     }
 }
 
@@ -55,7 +56,7 @@ template <class T>
 LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows, int64_t begin, int64_t end) {
     using F = Compute<T>;
     F tile[SIZE], before[WIDTH], base[WIDTH], largest[WIDTH], z_y[WIDTH] = {};
-    int64_t y[WIDTH], argmax[WIDTH] = {};
+    int64_t y[WIDTH];
     Totals<F> all;
     clear(c, rows, all);
     targets_of(c, row, rows, y);
@@ -75,7 +76,7 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
             c.entropy ? add_exp<true>(some, part, rows, base, all.sum, all.tilt)
                       : add_exp<false>(some, part, rows, base, all.sum, all.tilt);
         }
-        if (c.argmax) find_largest(z, n, rows, at, largest, argmax);
+        if (c.argmax) find_largest(z, n, rows, at, largest, all.argmax);
         for (int k = 0; k < rows && (c.has_wsum() || c.soft()); ++k) base[k] = std::isfinite(base[k]) ? base[k] : 0;
         for (int i = 0; i < n && c.has_wsum(); ++i)
             add_products<F>(nullptr, w ? w + i : nullptr, z[i], rows, base, all.weights, all.wsum);
@@ -83,9 +84,9 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
         if (!c.soft()) pick(z, n, rows, y, at, z_y);
     }
     for (int k = 0; k < rows && !c.soft(); ++k) all.picked[k] = z_y[k];
-    if (c.parts == 1) return finish_block(c, task, row, rows, all, y, argmax);
+    if (c.parts == 1) return finish_block(c, task, row, rows, all, y);
     const F top = c.argmax ? largest[0] : all.top[0];  // a part of one row
-    c.found[task] = {top, all.sum[0], all.tilt[0], all.picked[0], all.mass[0], all.wsum[0], all.weights[0], argmax[0]};
+    c.found[task] = {top, all.sum[0], all.tilt[0], all.picked[0], all.mass[0], all.wsum[0], all.weights[0], all.argmax[0]};
 }
 
 template <class F>

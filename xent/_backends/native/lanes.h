@@ -48,18 +48,10 @@ LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, c
     }
 }
 
-// Ask for the block of rows after these, which no processor expects.
-template <class T>
-LOOP void prefetch(const T* x, int64_t class_stride, int rows, int n) {
-    for (int i = 0; i < n; ++i)
-        for (int k = 0; k < rows; k += 64 / int(sizeof(T))) PREFETCH(x + i * class_stride + k, 2);
-}
-
 // The numbers that count, scaled and capped: where they lie, or in the tile.
 template <class T, class F>
 INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, F cap, F* tile) {
     const bool side_by_side = together(x, row, rows);
-    if (side_by_side) prefetch(x.at<T>(row + rows, at), x.class_stride, rows, n);
     if constexpr (std::is_same_v<T, F>)
         if (side_by_side && scale == 1 && cap == 0) return {x.at<T>(row, at), x.class_stride};
     const Lanes<F> z{tile, tile_stride(rows)};
@@ -160,14 +152,13 @@ LOOP void keep(const F* counts, int rows, F* d) {
     for (int k = 0; k < rows; ++k) d[k] = counts[k] != 0 ? d[k] : 0;
 }
 
-template <class F>
-LOOP void logarithms(const F* x, int n, F* out) {
+LOOP void logarithms(const double* x, int n, double* out) {
 #pragma omp simd
     for (int k = 0; k < n; ++k) out[k] = logarithm(x[k]);
 }
 
-template <class F>
-LOOP void exponentials(const F* t, int n, F* out) {
+template <class DIGITS>
+LOOP void exponentials(const double* t, int n, double* out) {
 #pragma omp simd
-    for (int k = 0; k < n; ++k) out[k] = exponential(t[k]);
+    for (int k = 0; k < n; ++k) out[k] = exponential(t[k], exp_parts<DIGITS>(t[k]));
 }

@@ -7,6 +7,7 @@ template <class F>
 struct Totals {  // the sums of each row, in terms of its top so far: see `Found`
     F top[WIDTH];
     double sum[WIDTH], tilt[WIDTH], picked[WIDTH], mass[WIDTH], wsum[WIDTH], weights[WIDTH];
+    int64_t argmax[WIDTH];
 };
 
 // The targets of a block, as y - start; IGNORED where a row does not count, and for probabilities 0. One that is no class
@@ -18,6 +19,7 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
     }
     const auto read = [&](const auto* first) {
         const int64_t stride = c.target.row_stride;
+        for (int k = 0; k < rows; k += 64 / int(sizeof *first)) PREFETCH(first + (rows + k) * stride, 2);
         for (int k = 0; k < rows && stride == 1; ++k) y[k] = first[k];
         for (int k = 0; k < rows && stride != 1; ++k) y[k] = first[k * stride];
     };
@@ -103,44 +105,47 @@ LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const T
 }
 
 template <class F>
-LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const int64_t* argmax) {
+LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y) {
     double log_sum[WIDTH], own[WIDTH];
     logarithms(all.sum, rows, log_sum);
     double *top = c.top + row, *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
-    const int64_t C = c.C;
+    const uint64_t C = uint64_t(c.C);
     const bool soft = c.soft();
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
-        const bool counts = y[k] != IGNORED, here = counts && y[k] >= 0 && y[k] < C;
-        const double found = all.top[k], finite = found - found == 0 && counts ? found : 0;
+        const double found = all.top[k], finite = y[k] == IGNORED || found - found != 0 ? 0 : found;
         top[k] = finite;
-        lse[k] = counts ? log_sum[k] : 0;
-        picked[k] = soft ? all.picked[k] : here ? all.picked[k] - finite : 0;
+        lse[k] = y[k] == IGNORED ? 0 : log_sum[k];
+    }
+    if (soft) std::memcpy(picked, all.picked, size_t(rows) * sizeof *picked);
+    for (int k = 0; k < rows && !soft; ++k) {
+        const double score = all.picked[k] - top[k];
+        picked[k] = uint64_t(y[k]) < C ? score : 0;
     }
     for (int k = 0; k < rows && c.mass; ++k) c.mass[row + k] = all.mass[k];
     for (int k = 0; k < rows && c.wsum; ++k) c.wsum[row + k] = y[k] == IGNORED ? 0 : all.wsum[k];
     for (int k = 0; k < rows && c.entropy; ++k)  // -sum p (t - log sum)
         c.entropy[row + k] = y[k] == IGNORED ? 0 : log_sum[k] - all.tilt[k] / all.sum[k];
-    for (int k = 0; k < rows && c.argmax; ++k) c.argmax[row + k] = y[k] == IGNORED ? -1 : argmax[k];
+    for (int k = 0; k < rows && c.argmax; ++k) c.argmax[row + k] = y[k] == IGNORED ? -1 : all.argmax[k];
     if (c.formula.wanted) add_losses(c, task, row, rows, all, y, picked);
 }
 
 template <class F>
-INLINE void put_found(const Found& found, int k, Totals<F>& all, int64_t* argmax) {
+INLINE void put_found(const Found& found, int k, Totals<F>& all) {
     all.top[k] = F(found.max), all.sum[k] = found.sum, all.tilt[k] = found.tilt, all.picked[k] = found.picked;
-    all.mass[k] = found.mass, all.wsum[k] = found.wsum, argmax[k] = found.argmax;
+    all.mass[k] = found.mass, all.wsum[k] = found.wsum, all.argmax[k] = found.argmax;
 }
 
 LOOP void finish_parts(const Call& c) {  // of all rows, which are few
-    int64_t y[WIDTH], argmax[WIDTH];
+    int64_t y[WIDTH];
     Totals<double> all;
     targets_of(c, 0, int(c.N), y);
     for (int row = 0; row < c.N; ++row) {
         Found found = c.found[row * c.parts];
         for (int64_t part = 1; part < c.parts; ++part) merge(found, c.found[row * c.parts + part]);
-        put_found(found, row, all, argmax);
+        put_found(found, row, all);
     }
-    finish_block(c, 0, 0, int(c.N), all, y, argmax);
+    finish_block(c, 0, 0, int(c.N), all, y);
 }
 
 // p (g - e log p) = e^t (a - h t) with t = z - top, and lse in the two factors of the row, which are taken in double.
@@ -152,6 +157,7 @@ struct Factors {
 
 template <class T, class F>
 LOOP void read(const T* first, int64_t step, int rows, F* out) {
+    for (int k = 0; k < rows; k += 64 / int(sizeof *first)) PREFETCH(first + (rows + k) * step, 2);
     for (int k = 0; k < rows && step == 1; ++k) out[k] = F(first[k]);
     for (int k = 0; k < rows && step != 1; ++k) out[k] = F(first[k * step]);
 }
@@ -189,7 +195,7 @@ LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t
 
 template <class F>
 LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Factors<F>& of) {
-    double minus[WIDTH], factor[WIDTH], g_entropy[WIDTH] = {};
+    double minus[WIDTH], factor[WIDTH], g_entropy[WIDTH];
     read(c.lse_in, row, rows, of.lse);
     read(c.top_in, row, rows, of.top);
     if (c.formula.wanted) upstream_of_losses(c, row, rows, y, of);
@@ -198,13 +204,17 @@ LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Fac
     if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);
     if (c.g_wsum.data) read(c.g_wsum, row, rows, of.g_sum);
     for (int k = 0; k < rows; ++k) minus[k] = -of.lse[k];  // at most 0, for the largest of all terms is 1; inf gives NaN
-    exponentials(minus, rows, factor);
+    exponentials<F>(minus, rows, factor);
     const double scale = c.scale;
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
-        of.a[k] = F((of.g_lse[k] + g_entropy[k] * of.lse[k]) * (factor[k] * scale));
-        of.h[k] = F(g_entropy[k] * (factor[k] * scale));
+        factor[k] *= scale;
+        of.a[k] = F(of.g_lse[k] * factor[k]);
         of.g_picked[k] = F(of.g_target[k] * scale);
+    }
+    for (int k = 0; k < rows && c.g_entropy.data; ++k) {
+        of.a[k] = F((of.g_lse[k] + g_entropy[k] * of.lse[k]) * factor[k]);
+        of.h[k] = F(g_entropy[k] * factor[k]);
     }
     for (int k = 0; k < rows && c.has_wsum(); ++k) of.g_wsum[k] = F(of.g_sum[k] * scale);
 }
@@ -213,18 +223,21 @@ LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Fac
 template <class F>
 LOOP void entries_of_targets(const Call& c, int64_t row, int rows, const int64_t* y, const F* z_y, const Factors<F>& of, F* value) {
     const F* w = static_cast<const F*>(c.weight);
-    double t[WIDTH] = {}, p[WIDTH], more[WIDTH] = {};
+    double t[WIDTH], less_one[WIDTH], more[WIDTH];
 #pragma omp simd
-    for (int k = 0; k < rows; ++k) t[k] = double(z_y[k]) - double(of.top[k]) - of.lse[k];
-    exponentials(t, rows, p);
+    for (int k = 0; k < rows; ++k) {
+        t[k] = double(z_y[k]) - double(of.top[k]) - of.lse[k];
+        less_one[k] = exponential_less_one(t[k], exp_parts<F>(t[k]));
+        more[k] = of.g_lse[k] + of.g_target[k];
+    }
     for (int k = 0; k < rows && c.has_wsum(); ++k)
-        if (0 <= y[k] && y[k] < c.C) more[k] = of.g_sum[k] * (w ? double(w[y[k]]) : 1);
+        if (0 <= y[k] && y[k] < c.C) more[k] += of.g_sum[k] * (w ? double(w[y[k]]) : 1);
     for (int k = 0; k < rows && c.g_entropy.data; ++k)
-        more[k] -= t[k] < -1000 ? 0 : p[k] * c.g_entropy[row + k] * t[k];
+        more[k] -= t[k] < -1000 ? 0 : (1 + less_one[k]) * c.g_entropy[row + k] * t[k];
     const double scale = c.scale, softcap = c.softcap;
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
         const double u = softcap == 0 ? 0 : double(z_y[k]) / softcap;
-        value[k] = F((p[k] * of.g_lse[k] + of.g_target[k] + more[k]) * scale * (1 - u * u));
+        value[k] = F((of.g_lse[k] * less_one[k] + more[k]) * scale * (1 - u * u));
     }
 }

@@ -79,11 +79,7 @@ LOOP int transpose_tiles(const float* x, int64_t stride, int rows, int n, float 
         for (int i = 0; i < n; i += SIDE) {
             const int at = i + SIDE <= n || n < SIDE ? i : n - SIDE;
             Side v[SIDE];
-            for (int j = 0; j < SIDE; ++j) {
-                const float* x_j = x + (row + j) * stride + at;
-                PREFETCH(x_j + rows * stride, 2);
-                v[j] = scale * side(x_j);
-            }
+            for (int j = 0; j < SIDE; ++j) v[j] = scale * side(x + (row + j) * stride + at);
             turn(v);
             for (int j = 0; j < SIDE; ++j)
                 if (at + j < n) side(z[at + j] + row) = v[j];
