@@ -49,7 +49,10 @@ LOOP void pick(Lanes<F> z, int n, int rows, const int64_t* y, int64_t at, F* pic
 template <class F>
 LOOP void put(const F* value, int n, int rows, const int64_t* y, int64_t at, Lanes<F> d) {
     F nowhere;
-    for (int k = 0; k < rows; ++k) *(at <= y[k] && y[k] < at + n ? d[y[k] - at] + k : &nowhere) = value[k];
+    for (int k = 0; k < rows; ++k) {
+        const uint64_t i = uint64_t(y[k] - at), end = uint64_t(n);
+        *(i < end ? d[int64_t(i)] + k : &nowhere) = value[k];
+    }
 }
 
 template <class T>

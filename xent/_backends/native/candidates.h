@@ -66,7 +66,7 @@ LOOP void put_row(const Call& c, int64_t row, SumsOfEquals& sums) {
         const int n = of.K - first < WIDTH ? int(of.K - first) : WIDTH;
         const double *scores = of.scores + row * of.K + first, lse = c.lse_in[row], top = c.top_in[row];
         for (int k = 0; k < n; ++k) t[k] = scores[k] - lse;
-        exponentials<double>(t, n, p);
+        exponentials(t, n, p);
         for (int k = 0; k < n; ++k) {
             const int64_t at = c.local(c.y(row, first + k));
             if (at < 0) continue;

@@ -157,8 +157,7 @@ LOOP void logarithms(const double* x, int n, double* out) {
     for (int k = 0; k < n; ++k) out[k] = logarithm(x[k]);
 }
 
-template <class DIGITS>
 LOOP void exponentials(const double* t, int n, double* out) {
 #pragma omp simd
-    for (int k = 0; k < n; ++k) out[k] = exponential(t[k], exp_parts<DIGITS>(t[k]));
+    for (int k = 0; k < n; ++k) out[k] = exponential(t[k]);
 }

@@ -71,7 +71,13 @@ PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count)
     const double* numbers = results<double>(a.tensor("numbers"), c.N * (2 + c.soft()), FLOAT64);
     c.top_in = one_after_the_other(numbers, c.N), c.lse_in = one_after_the_other(numbers + c.N, c.N);
     c.formula.mass = one_after_the_other(numbers + 2 * c.N, c.N);
-    c.formula.g = per_row(c, a.tensor("g"));
+    const Tensor g = a.tensor("g");
+    c.formula.g = per_row(c, g);
     c.formula.divisor = a.real();
+    double share = 0;  // of all rows, where it is the same
+    if (!PyErr_Occurred() && g.dl.ndim == 0) {
+        share = c.formula.g[0] / c.formula.divisor;
+        c.formula.g = the_same(&share, c.N), c.formula.divisor = 1;
+    }
     return gradient(c, a);
 }

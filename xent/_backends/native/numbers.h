@@ -19,7 +19,6 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
     }
     const auto read = [&](const auto* first) {
         const int64_t stride = c.target.row_stride;
-        for (int k = 0; k < rows; k += 64 / int(sizeof *first)) PREFETCH(first + (rows + k) * stride, 2);
         for (int k = 0; k < rows && stride == 1; ++k) y[k] = first[k];
         for (int k = 0; k < rows && stride != 1; ++k) y[k] = first[k * stride];
     };
@@ -68,8 +67,9 @@ LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, 
     const double *top = c.top + row, *lse = c.lse + row, kept = 1 - f.eps, share = f.eps / double(c.C);
     const bool soft = c.soft(), gone = soft && f.eps == 1;  // of a q that is gone, not even 0 * inf
     double minus[WIDTH];
-    for (int k = 0; k < rows; ++k) loss[k] = soft ? lse[k] * all.mass[k] : lse[k], minus[k] = -picked[k];
-    add(minus, rows, loss);
+    for (int k = 0; k < rows && !soft; ++k) loss[k] = lse[k] - picked[k];
+    for (int k = 0; k < rows && soft; ++k) loss[k] = lse[k] * all.mass[k], minus[k] = -picked[k];
+    if (soft) add(minus, rows, loss);
     for (int k = 0; k < rows && f.row_weight; ++k) loss[k] *= w[k];
     if (f.eps > 0) {
         double smooth[WIDTH];
@@ -157,7 +157,6 @@ struct Factors {
 
 template <class T, class F>
 LOOP void read(const T* first, int64_t step, int rows, F* out) {
-    for (int k = 0; k < rows; k += 64 / int(sizeof *first)) PREFETCH(first + (rows + k) * step, 2);
     for (int k = 0; k < rows && step == 1; ++k) out[k] = F(first[k]);
     for (int k = 0; k < rows && step != 1; ++k) out[k] = F(first[k * step]);
 }
@@ -180,22 +179,21 @@ LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t
     weights_of(c, rows, y, w);
     read(f.g, row, rows, share);
     if (soft) read(f.mass, row, rows, w);
+    for (int k = 0; k < rows && divisor != 1; ++k) share[k] /= divisor;
     for (int k = 0; k < rows; ++k) {
-        share[k] /= divisor;
         const double kept = share[k] * (1 - f.eps);
         of.g_lse[k] = kept * w[k];
         of.g_target[k] = soft ? -kept : -of.g_lse[k];
-        of.g_sum[k] = -(share[k] * eps);
-        more[k] = share[k] * eps * f.weight_sum;
     }
-    if (f.eps > 0) add(more, rows, of.g_lse);
+    for (int k = 0; k < rows && eps > 0; ++k) of.g_sum[k] = -(share[k] * eps), more[k] = share[k] * eps * f.weight_sum;
+    if (eps > 0) add(more, rows, of.g_lse);
     for (int k = 0; k < rows && f.z_loss != 0; ++k) more[k] = share[k] * (2 * f.z_loss) * (double(of.top[k]) + of.lse[k]);
     if (f.z_loss != 0) add(more, rows, of.g_lse);
 }
 
 template <class F>
 LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Factors<F>& of) {
-    double minus[WIDTH], factor[WIDTH], g_entropy[WIDTH];
+    double factor[WIDTH], g_entropy[WIDTH];
     read(c.lse_in, row, rows, of.lse);
     read(c.top_in, row, rows, of.top);
     if (c.formula.wanted) upstream_of_losses(c, row, rows, y, of);
@@ -203,15 +201,14 @@ LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Fac
     if (c.g_picked.data) read(c.g_picked, row, rows, of.g_target);
     if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);
     if (c.g_wsum.data) read(c.g_wsum, row, rows, of.g_sum);
-    for (int k = 0; k < rows; ++k) minus[k] = -of.lse[k];  // at most 0, for the largest of all terms is 1; inf gives NaN
-    exponentials<F>(minus, rows, factor);
     const double scale = c.scale;
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
-        factor[k] *= scale;
+        const double minus = -of.lse[k];  // at most 0, for the largest of all terms is 1; inf gives NaN
+        factor[k] = exponential(minus, exp_parts<F>(minus)) * scale;
         of.a[k] = F(of.g_lse[k] * factor[k]);
-        of.g_picked[k] = F(of.g_target[k] * scale);
     }
+    for (int k = 0; k < rows && c.soft(); ++k) of.g_picked[k] = F(of.g_target[k] * scale);
     for (int k = 0; k < rows && c.g_entropy.data; ++k) {
         of.a[k] = F((of.g_lse[k] + g_entropy[k] * of.lse[k]) * factor[k]);
         of.h[k] = F(g_entropy[k] * factor[k]);

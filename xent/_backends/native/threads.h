@@ -14,13 +14,14 @@ struct Work {
     void (*kernel)(const Call&, int64_t task);
     const Call& call;
     int64_t tasks;
+    bool last_first;
     std::atomic<int64_t> next;
 };
 
 // Each thread takes the next task that is left, so that ignored rows and a busy core do not leave the others waiting.
 inline void take_tasks(void* data) {
     Work& work = *static_cast<Work*>(data);
-    for (int64_t task; (task = work.next.fetch_add(1)) < work.tasks;) work.kernel(work.call, task);
+    for (int64_t task; (task = work.next.fetch_add(1)) < work.tasks;) work.kernel(work.call, work.last_first ? work.tasks - 1 - task : task);
 }
 
 inline void take_tasks_kmpc(int32_t*, int32_t*, void* data) { take_tasks(data); }
@@ -30,9 +31,9 @@ struct Location {  // of a parallel region in the source, which kmpc wants to kn
     const char* source;
 };
 
-inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned threads) {
+inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned threads, bool last_first = false) {
     const int64_t blocks = (call.N + call.rows_per_task - 1) / call.rows_per_task;
-    Work work{kernel, call, blocks * call.parts, {0}};
+    Work work{kernel, call, blocks * call.parts, last_first, {0}};
     if (threads > 1 && work.tasks > 1 && gomp_parallel) {
         gomp_parallel(take_tasks, &work, threads, 0);
     } else if (threads > 1 && work.tasks > 1 && kmpc_fork_call) {
