@@ -86,9 +86,9 @@ def losses(
     spec: RowSpec,
     formula: Objective,
 ) -> tuple[Tensor, float, Tensor]:
-    """See `xent._rows.formula.losses`. The numbers: top, lse and, of probabilities, mass."""
-    soft, dtype = target.is_floating_point(), formula.dtype
-    numbers = torch.empty(2 + soft, layout.A * layout.B, dtype=FLOAT64)
+    """See `xent._rows.formula.losses`. The numbers: lse, of probabilities mass, and top in the logits' own digits."""
+    N, soft, dtype = layout.A * layout.B, target.is_floating_point(), formula.dtype
+    numbers = torch.empty(N * (1 + soft) + (N if input.dtype is FLOAT64 else (N + 1) // 2), dtype=FLOAT64)
     written = dtype if dtype in LOGITS else FLOAT64
     if formula.reduction == "none":
         value = torch.empty(layout.positions(input.shape), dtype=written)

@@ -40,7 +40,7 @@ struct PerRow {  // one floating number per row; without data 0
     double operator[](int64_t row) const { return data ? number(data, type, at.offset(row)) : 0; }
 };
 
-inline PerRow one_after_the_other(const double* data, int64_t N) { return {data, FLOAT64, {nullptr, N, 0, 1, 0}}; }
+inline PerRow side_by_side(const void* data, Type type, int64_t N) { return {data, type, {nullptr, N, 0, 1, 0}}; }
 inline PerRow the_same(const double* x, int64_t N) { return {x, FLOAT64, {nullptr, N, 0, 0, 0}}; }
 
 // The sums over the classes seen so far of one row, in terms of t = z - max.
@@ -87,6 +87,7 @@ struct Call {
     // Statistics: null where they are not wanted.
     std::atomic<bool>* bad;  // whether any target is neither a class nor ignored
     double *top, *lse, *picked, *mass, *wsum, *entropy;
+    float* top32;  // top in half of the memory, where the logits have no more digits
     int64_t* argmax;
 
     // Gradient.

@@ -91,8 +91,6 @@ void pass_of_candidates(void (*kernel)(const Call&, int64_t), const Call& call, 
 }
 
 void statistics(Call& c, int64_t dtype, unsigned threads) {
-    for (double* numbers : {c.top, c.lse, c.picked})
-        if (numbers && c.N * 8 >= HUGE_PAGES) advise_huge_pages(Pages(numbers, c.N * 8));
     Found found[FEW_ROWS * MOST_PARTS];
     c.found = found;
     run(kernels->statistics[dtype], c, threads);

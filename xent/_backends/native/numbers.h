@@ -61,10 +61,10 @@ LOOP void add(const double* x, int n, double* out) {
 }
 
 template <class F>
-LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* picked,
-                    const double* w, double* loss) {
+LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* top,
+                    const double* picked, const double* w, double* loss) {
     const Formula& f = c.formula;
-    const double *top = c.top + row, *lse = c.lse + row, kept = 1 - f.eps, share = f.eps / double(c.C);
+    const double *lse = c.lse + row, kept = 1 - f.eps, share = f.eps / double(c.C);
     const bool soft = c.soft(), gone = soft && f.eps == 1;  // of a q that is gone, not even 0 * inf
     double minus[WIDTH];
     for (int k = 0; k < rows && !soft; ++k) loss[k] = lse[k] - picked[k];
@@ -93,10 +93,11 @@ LOOP void write(const double* x, int64_t row, int rows, Type type, void* out) {
 }
 
 template <class F>
-LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* picked) {
+LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* top,
+                     const double* picked) {
     double loss[WIDTH], w[WIDTH], sum = 0, weight = 0, count = 0;
     weights_of(c, rows, y, w);
-    losses_of(c, row, rows, all, y, picked, w, loss);
+    losses_of(c, row, rows, all, y, top, picked, w, loss);
     if (c.formula.losses) write(loss, row, rows, c.formula.losses_type, c.formula.losses);
 #pragma omp simd reduction(+ : sum, weight, count)
     for (int k = 0; k < rows; ++k) sum += loss[k], weight += w[k], count += y[k] != IGNORED;
@@ -106,9 +107,9 @@ LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const T
 
 template <class F>
 LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y) {
-    double log_sum[WIDTH], own[WIDTH];
+    double log_sum[WIDTH], own[WIDTH], top[WIDTH];
     logarithms(all.sum, rows, log_sum);
-    double *top = c.top + row, *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
+    double *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
     const uint64_t C = uint64_t(c.C);
     const bool soft = c.soft();
 #pragma omp simd
@@ -117,6 +118,8 @@ LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const
         top[k] = finite;
         lse[k] = y[k] == IGNORED ? 0 : log_sum[k];
     }
+    for (int k = 0; k < rows && c.top; ++k) c.top[row + k] = top[k];
+    for (int k = 0; k < rows && c.top32; ++k) c.top32[row + k] = float(top[k]);
     if (soft) std::memcpy(picked, all.picked, size_t(rows) * sizeof *picked);
     for (int k = 0; k < rows && !soft; ++k) {
         const double score = all.picked[k] - top[k];
@@ -127,7 +130,7 @@ LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const
     for (int k = 0; k < rows && c.entropy; ++k)  // -sum p (t - log sum)
         c.entropy[row + k] = y[k] == IGNORED ? 0 : log_sum[k] - all.tilt[k] / all.sum[k];
     for (int k = 0; k < rows && c.argmax; ++k) c.argmax[row + k] = y[k] == IGNORED ? -1 : all.argmax[k];
-    if (c.formula.wanted) add_losses(c, task, row, rows, all, y, picked);
+    if (c.formula.wanted) add_losses(c, task, row, rows, all, y, top, picked);
 }
 
 template <class F>

@@ -65,11 +65,13 @@ PerRow per_row(Read& c, const Tensor& x) {
     return found;
 }
 
-// Memory for numbers of rows, side by side.
+// Memory for numbers of rows, side by side; or what was written there.
 template <class T>
 T* results(const Tensor& x, int64_t count, Type type) {
     if (x && !PyErr_Occurred() && (x.type != type || x.count() != count || !x.side_by_side()))
         unexpected(x, std::to_string(count) + " numbers side by side");
+    const int64_t bytes = x ? count * x.dl.dtype.bits / 8 : 0;
+    if (bytes >= HUGE_PAGES) advise_huge_pages(Pages(x.data(), bytes));
     return reinterpret_cast<T*>(x.data());
 }
 
