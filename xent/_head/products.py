@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _torch
 
 SLICE_BYTES = 2 << 20  # of what is made of a part of the head at a time: it stays in a core's cache
+FEW_ROWS = 256  # of which W h^T takes less time than h W^T
 
 
 def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -32,14 +33,19 @@ def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """h W^T + b, written to `out`, which is of `block_dtype`.
 
-    On a CPU by slices of the head: one product would pack all of it anew for each block of rows.
+    On a CPU by slices of the head: one product would pack all of it anew for each block of rows. Of few rows, a slice of
+    the head is the larger factor, and comes first.
     """
     if out.dtype != weight.dtype and _torch.writes_float32(weight):
         torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
     elif out.is_cpu or out.dtype != weight.dtype:
         h = h.to(out.dtype)
-        for part in _slices(weight, out.dtype):
-            torch.mm(h, weight[part].to(out.dtype).t(), out=out[:, part])
+        for part in _slices(weight, out.dtype, min(len(h), FEW_ROWS)):
+            W = weight[part].to(out.dtype)
+            if len(h) <= FEW_ROWS:
+                out[:, part].copy_((W @ h.t()).t())
+            else:
+                torch.mm(h, W.t(), out=out[:, part])
     else:
         torch.mm(h, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
@@ -74,8 +80,8 @@ def add_outer(total: Tensor, G: Tensor, h: Tensor, block: int) -> None:
                 total[part].add_(torch.addmm(product, G_t, h, beta=-1))
 
 
-def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """The classes of a head (C, D) in parts of SLICE_BYTES in `dtype`."""
-    width = max(1, SLICE_BYTES // max(1, head.shape[1] * dtype.itemsize))
+def _slices(head: Tensor, dtype: torch.dtype, rows: int = 1) -> Iterator[slice]:
+    """The classes of a head (C, D) in parts of SLICE_BYTES in `dtype`; so, too, their logits of some rows."""
+    width = max(1, SLICE_BYTES // (max(head.shape[1], rows, 1) * dtype.itemsize))
     for begin in range(0, len(head), width):
         yield slice(begin, begin + width)
