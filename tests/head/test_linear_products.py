@@ -228,11 +228,11 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("D", [1, 64])
-@pytest.mark.parametrize("rows", [1, 100, _products.FEW_ROWS, 300])
+@pytest.mark.parametrize("rows", [1, 64, 100, 600])
 def test_logits_by_slices(rows: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_products, "SLICE_BYTES", 1 << 16)
     h, W, out = torch.randn(rows, D), torch.randn(5000, D), torch.empty(rows, 5000)
     with Largest() as largest:
         _products.logits_of(h, W, None, out)
-    assert largest.bytes <= _products.SLICE_BYTES
+    assert largest.bytes <= max(_products.SLICE_BYTES, (rows + _products.TILE) * D * 4)
     torch.testing.assert_close(out.double(), h.double() @ W.double().t(), atol=1e-4, rtol=0)

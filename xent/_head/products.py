@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import _torch
 
 SLICE_BYTES = 2 << 20  # of what is made of a part of the head at a time: it stays in a core's cache
-FEW_ROWS = 256  # of which W h^T takes less time than h W^T
+ROWS_LAST, TILE = range(64, 513), 16  # rows: see `logits_of`
 
 
 def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -33,17 +33,18 @@ def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """h W^T + b, written to `out`, which is of `block_dtype`.
 
-    On a CPU by slices of the head: one product would pack all of it anew for each block of rows. Of few rows, a slice of
-    the head is the larger factor, and comes first.
+    On a CPU by slices of the head: one product would pack all of it anew for each block of rows. Of fewer rows than a
+    slice has classes, W h^T takes less time than h W^T, if they are filled up to whole tiles of the product.
     """
     if out.dtype != weight.dtype and _torch.writes_float32(weight):
         torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
     elif out.is_cpu or out.dtype != weight.dtype:
-        h = h.to(out.dtype)
-        for part in _slices(weight, out.dtype, min(len(h), FEW_ROWS)):
+        h, rows_last = h.to(out.dtype), len(h) in ROWS_LAST
+        h_t = torch.nn.functional.pad(h, (0, 0, 0, -len(h) % TILE)).t() if rows_last else h.t()
+        for part in _slices(weight, out.dtype, h_t.shape[1] if rows_last else 1):
             W = weight[part].to(out.dtype)
-            if len(h) <= FEW_ROWS:
-                out[:, part].copy_((W @ h.t()).t())
+            if rows_last:
+                out[:, part].copy_((W @ h_t)[:, : len(h)].t())
             else:
                 torch.mm(h, W.t(), out=out[:, part])
     else:
