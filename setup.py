@@ -28,15 +28,23 @@ class BuildNative(build_ext):
     """build_ext with the flags of the compiler that it found."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Set them for `ext`, which there is only one of."""
+        """Set them for `ext`, which there is only one of.
+
+        An editable installation builds elsewhere, as if for the first time. So it is given what is here already, with
+        its time: newer than everything that it is made of, it stays.
+        """
         ext.extra_compile_args = MSVC if self.compiler.compiler_type == "msvc" else GCC_LIKE
+        here, built = Path(self.get_ext_filename(ext.name)), Path(self.get_ext_fullpath(ext.name))
+        if self.editable_mode and here.exists():
+            self.mkpath(str(built.parent))
+            self.copy_file(str(here), str(built))
         super().build_extension(ext)
 
 
 native = Extension(
     "xent._backends.native._native",
     sources=["xent/_backends/native/native.cpp"],
-    depends=sorted(map(str, Path("xent/_backends/native").glob("*.h"))),
+    depends=["setup.py", *sorted(map(str, Path("xent/_backends/native").glob("*.h")))],
     define_macros=[("Py_LIMITED_API", "0x030A0000")] if STABLE_ABI else [],
     py_limited_api=STABLE_ABI,
     optional=True,  # without a compiler the package installs all the same, and runs on its other backends

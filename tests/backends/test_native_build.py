@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 
 import pytest
+from setuptools.command.build_ext import get_abi3_suffix
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = sorted(path.name for pattern in ("*.cpp", "*.h") for path in (ROOT / "xent/_backends/native").glob(pattern))
@@ -131,3 +132,22 @@ def test_without_a_compiler_it_installs_and_says_why(unpacked, tmp_path):
     assert eager == "xent._backends.eager"
     code = "import torch, xent; print(xent.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 1])))"
     assert "1.3863" in run(python, "-c", code, cwd=tmp_path)  # log 4, by the next backend
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the compiler here is a shell script")
+@pytest.mark.parametrize("changed", [None, "native.cpp", "rows.h"])
+def test_an_editable_installation_compiles_only_what_has_changed(unpacked, tmp_path, changed):
+    """The library in the tree, newer than all its sources, stays as it is."""
+    source = shutil.copytree(unpacked, tmp_path / "source", ignore=shutil.ignore_patterns("build"))
+    folder = source / "xent/_backends/native"
+    library = folder / f"_native{get_abi3_suffix()}"
+    library.write_text("of an earlier installation")
+    newer = library.stat().st_mtime + 10
+    os.utime(folder / changed if changed else library, (newer, newer))
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ntouch {tmp_path / 'called'}\nexit 1\n")
+    compiler.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    build("editable", source, tmp_path / "out", CC=str(compiler), CXX=str(compiler))
+    assert (tmp_path / "called").exists() == (changed is not None)
+    assert library.read_text() == "of an earlier installation"
