@@ -6,7 +6,9 @@ assembly), and a rounding error is what the tests measure.
 
 from __future__ import annotations
 
+import functools
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,3 +39,28 @@ def round_to_nearest() -> None:
         return TensorHandle(bits.numpy(), tl.bfloat16)
 
     InterpreterBuilder.cast_impl = cast
+
+
+def patch_once() -> None:
+    """Make the interpreter patch the language once for each kernel, and not again for each function that it calls.
+
+    That was half of all its time: a look at every member of several modules, all of which are patched already.
+    """
+    if not INTERPRETED:
+        return
+    try:
+        from triton import language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def languages(fn: Any) -> list[ModuleType]:
+        return [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+
+    def patch_lang(fn: Any) -> Any:
+        ready = not any(tl.core.is_builtin(lang.load) for lang in languages(fn))
+        return interpreter._LangPatchScope() if ready else patch(fn)
+
+    interpreter._patch_lang = patch_lang
