@@ -38,7 +38,7 @@ with jaxtyping.install_import_hook(CHECKED, "conftest.typed"):
     from xent._rows import dispatch as _primitives
 
 interpreter.round_to_nearest()
-interpreter.patch_once()
+interpreter.do_once()
 
 
 def backends() -> list[str]:

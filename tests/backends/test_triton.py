@@ -18,6 +18,8 @@ import oracle
 import pytest
 import torch
 from oracle import EVERYTHING, NOTHING, assert_stats, each, every_dtype, rows, truth_for, upstream
+from pairs import pairwise
+from test_primitives import CASES, build
 from torch import Tensor
 
 if os.environ.get("XENT_BACKEND") != "triton":  # where it is asked for and missing, that is a failure
@@ -117,6 +119,33 @@ def test_rows_in_parts(processors: int, soft: bool, monkeypatch: pytest.MonkeyPa
     assert got.argmax[1] == 5000
     g = upstream(3, wsum=False)
     oracle.assert_grad(grad_of(x, target, got, g), oracle.gradient(x, target, truth, g), target)
+
+
+@interpreted
+@pairwise(case=CASES, dtype=oracle.ALL_DTYPES, layout=["rows", "images"], ignored=[False, True])
+def test_parts_of_every_case(
+    case: oracle.Options, dtype: torch.dtype, layout: str, ignored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked of a row, against eager: with -inf in it, and the last of its parts shorter."""
+    monkeypatch.setattr(backend, "processors", lambda device: 132)
+    monkeypatch.setattr(plan, "TILE", 16)
+    C = {"rows": 301, "images": 45}[layout]
+    x, target, weight, reading = build(dtype, case, C)
+    x, target = x[:3].view(1, 3, C), target[:3][None]
+    x[0, 2, C // 2 :] = -torch.inf / reading.get("scale", 1)
+    if ignored and not target.is_floating_point():
+        target[0, 1] = -100
+        x[0, 1] = torch.nan
+    x = x.mT.contiguous().mT if layout == "images" else x
+    config = plan.configure(x, target, weight, 1.0, None)
+    assert plan.share(config, plan.stretches(config, 1, 3), C, 132)[0] > 1
+    spec, g = RowSpec(classes=C + 20, **reading), each(lambda number: number[None], upstream(3))
+    found, truth = (module.row_statistics(x, target, spec, EVERYTHING, weight) for module in (backend, eager))
+    rough = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found.pack(), truth.pack(), equal_nan=True, **rough)
+    grad, expected = (m.row_gradient(x, target, *truth[:2], g, spec, weight, None).double() for m in (backend, eager))
+    tolerance = oracle.TOLERANCE[dtype]
+    torch.testing.assert_close(grad, expected, equal_nan=True, rtol=8 * tolerance, atol=tolerance)
 
 
 @interpreted

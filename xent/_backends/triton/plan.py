@@ -136,9 +136,9 @@ def compile_options(config: KernelConfig) -> dict[str, int]:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device. The interpreter, where all run in turn, pretends to a few."""
+    """Multiprocessors of the device. The interpreter, where all run in turn, has none for whom to share rows."""
     if device.type == "cpu":
-        return 4
+        return 0
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
