@@ -106,6 +106,7 @@ class Case(NamedTuple):
         g = [numbers if yes else None for yes in (True, True, wanted.wsum, wanted.entropy)]
         caught: list[Launch] = []
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "processors", lambda device: 4)  # a few, for whom to share a few rows
             for name in KERNELS:
                 patch.setattr(backend, name, Catcher(getattr(backend, name), caught))
             backend.row_statistics(x, target, spec, wanted, w)
