@@ -9,6 +9,7 @@ import datetime
 import functools
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 import warnings
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+START = "forkserver" if sys.platform == "linux" else "spawn"  # torch is imported once, and not by each process
 ABSENT = "not one of the ranks"
 TIMEOUT = 120.0  # seconds until a call that hangs is an error; this machine may be busy with something else
 
@@ -33,7 +35,9 @@ class Ranks:
     """`world` processes; `run` gives a function to the first few of them."""
 
     def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
+        if START == "forkserver":
+            context.set_forkserver_preload(["pytest", "torch.distributed.tensor"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
