@@ -106,6 +106,30 @@ assert loaded() == {"xent._backends.eager"}, loaded()
     assert result.returncode == 0, result.stderr
 
 
+CHOSEN = """
+import sys, torch
+from xent._rows import dispatch
+sys.modules["xent._backends.native._native"] = None  # as if it could not be built
+print(dispatch.backend_for(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)).__name__)
+"""
+
+
+@pytest.mark.parametrize(("forced", "expected"), [("", "eager"), ("triton", "triton")])
+def test_the_interpreter_is_nobodys_choice(forced: str, expected: str) -> None:
+    """TRITON_INTERPRET=1 alone, which somebody may have set for other kernels, moves nothing onto it."""
+    pytest.importorskip("triton")
+    child = run("-c", CHOSEN, TRITON_INTERPRET="1", XENT_BACKEND=forced)
+    assert child.stdout == f"xent._backends.{expected}\n", child.stderr
+
+
+def test_missing_triton_says_so() -> None:
+    child = run(
+        "-c", "import sys; sys.modules['triton'] = None\nfrom xent._rows import dispatch as d; print(d.load('triton'))"
+    )
+    assert "triton cannot be imported" in child.stdout
+    assert "pip install" in child.stdout
+
+
 @pytest.mark.parametrize("forced", ["", "eager"])
 def test_python_m_xent(forced: str) -> None:
     """One line for the versions, one for each backend: available, or missing and why."""
