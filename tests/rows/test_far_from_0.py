@@ -87,9 +87,10 @@ def test_rows_filled_with_the_end_of_the_range(name: str, dtype: torch.dtype) ->
 @every_dtype
 @pytest.mark.usefixtures("backend")
 def test_offsets(name: str, dtype: torch.dtype) -> None:
-    """Logits that differ by the smallest steps that there are at 1e1, ... 1e30, on either side of 0."""
+    """Logits that differ by the smallest steps that there are from 1e1 to 1e30, on either side of 0: below and above
+    2**24, 2**53 and 2**63, and about every third power of ten."""
     info = torch.finfo(dtype)
-    for exponent in range(1, 31 if info.max > 1e30 else 5):
+    for exponent in (1, 2, 4, 7, 8, 11, 15, 16, 18, 19, 22, 26, 30) if info.max > 1e30 else range(1, 5):
         base = torch.tensor(10.0**exponent, dtype=dtype)
         step = (base.double().log2().floor().exp2() * info.eps).to(dtype)  # one unit in the last place of base
         x = (base.double() + step.double() * STEPS).to(dtype)
