@@ -144,7 +144,7 @@ class Losses(Dataset):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # which is the point
 def test_in_forked_data_loader_workers() -> None:
     x, y, found = problem()  # the parent's threads are running by now, and do not exist in the workers
-    loader = DataLoader(Losses(x, y), num_workers=2, batch_size=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(Losses(x, y), num_workers=1, batch_size=2, multiprocessing_context="fork", timeout=60)
     for batch in loader:
         assert torch.equal(batch[0], gradient(x, y, found))
         assert torch.equal(batch[0], batch[1])

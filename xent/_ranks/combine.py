@@ -114,7 +114,7 @@ def empty_gathered(
 def _count(target: Tensor, weighted: bool, wanted: Wanted) -> int:
     """How many numbers per row are gathered."""
     soft, K = target.is_floating_point(), target.shape[2] if has_candidates(target) else 1
-    return wanted.count(soft) + K - 1 + K * (weighted and not soft)
+    return wanted.count(soft) + K - 1 + (K if weighted and not soft else 0)
 
 
 def combine(

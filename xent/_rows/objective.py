@@ -124,7 +124,7 @@ def divisor(
         rows = math.prod(target.shape[:-1])
         return 1 if rows == 0 and objective.on_empty == "zero" else rows
     counts = rows_that_count(target, objective.ignore_index)
-    total = torch.count_nonzero(counts) if row_weight is None else row_weight.sum()
+    total = counts.sum() if row_weight is None else row_weight.sum()
     return total if objective.on_empty == "nan" else total + ~counts.any()
 
 
