@@ -67,6 +67,7 @@ LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, 
     const double *lse = c.lse + row, kept = 1 - f.eps, share = f.eps / double(c.C);
     const bool soft = c.soft(), gone = soft && f.eps == 1;  // of a q that is gone, not even 0 * inf
     double minus[WIDTH];
+    minus[0] = 0;  // the compiler does not know that there are rows, and would warn
     for (int k = 0; k < rows && !soft; ++k) loss[k] = lse[k] - picked[k];
     for (int k = 0; k < rows && soft; ++k) loss[k] = lse[k] * all.mass[k], minus[k] = -picked[k];
     if (soft) add(minus, rows, loss);
@@ -179,6 +180,7 @@ LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t
     const double eps = f.eps / double(c.C), divisor = f.divisor;
     const bool soft = c.soft();
     double share[WIDTH], w[WIDTH], more[WIDTH];
+    more[0] = 0;  // as above
     weights_of(c, rows, y, w);
     read(f.g, row, rows, share);
     if (soft) read(f.mass, row, rows, w);
