@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -77,3 +78,29 @@ OPTIONS = [
         normalizer=torch.tensor(2j),
     ),
 ]
+
+
+def flags(*names: str) -> list[Any]:
+    """Of options that are true or false, each with what is neither."""
+    return [
+        case(f"{name} {wrong!r}", TypeError, f"{name}: expected a bool, got {wrong!r}", **{name: wrong})
+        for name in names
+        for wrong in ("yes", 1, None)
+    ]
+
+
+class Nothing:
+    """What no argument can be."""
+
+
+def every_argument(*functions: Any) -> Any:
+    """Each argument of each function, with what it cannot be; a test of them needs no list, and so forgets none."""
+    return pytest.mark.parametrize(
+        ("function", "name", "wrong"),
+        [
+            pytest.param(function, name, wrong, id=f"{function.__name__} {name} {type(wrong).__name__}")
+            for function in functions
+            for name in inspect.signature(function).parameters
+            for wrong in (Nothing(), "a")
+        ],
+    )

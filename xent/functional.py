@@ -138,6 +138,8 @@ def cross_entropy(
         options.check_options(
             ignore_index, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype, softcap, logit_scale
         )
+        options.check_flag("inplace_backward", inplace_backward)
+        options.check_tensor_or_none("target_prob", target_prob)
         several = target_prob is not None
         layout, y, soft = rows.read_batch(input, target, dim, ignore_index, several, inplace_backward)
         if target_prob is not None:
@@ -276,6 +278,8 @@ def token_stats(
     with report_failure_to_ranks(group, input):
         options.check_ignore_index(ignore_index)
         options.check_transform(logit_scale, softcap)
+        options.check_flag("entropy", entropy)
+        options.check_flag("prediction", prediction)
         layout, y, soft = rows.read_batch(input, target, dim, ignore_index, rows.holds_candidates(input, target))
         if soft:
             raise ValueError(

@@ -138,6 +138,8 @@ def linear_cross_entropy(
         options.check_options(
             ignore, reduction, label_smoothing, normalizer, on_empty, z_loss, loss_dtype, softcap, logit_scale
         )
+        options.check_flag("shift", shift)
+        options.check_tensor_or_none("target_prob", target_prob)
         options.check_grad_resolution(grad_resolution, softcap, label_smoothing, generator)
         budget = check_max_bytes(max_bytes)
         several = target_prob is not None
@@ -253,6 +255,8 @@ def linear_token_stats(
     with report_failure_to_ranks(group, input):
         options.check_ignore_index(ignore_index)
         options.check_transform(logit_scale, softcap)
+        for name, flag in (("entropy", entropy), ("prediction", prediction), ("shift", shift)):
+            options.check_flag(name, flag)
         options.check_grad_resolution(grad_resolution, softcap, generator=generator)
         budget = check_max_bytes(max_bytes)
         one_head = isinstance(linear_weight, Tensor) and linear_weight.dim() <= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Shaped
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ._inputs.head import check_max_bytes
-from ._inputs.options import check_grad_resolution, check_options
+from ._inputs.options import check_flag, check_grad_resolution, check_options, check_size, check_tensor_or_none
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 
@@ -79,6 +79,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in OPTIONS}
         check_options(**given)
+        check_tensor_or_none("weight", weight)
+        check_flag("inplace_backward", inplace_backward)
         super().__init__(weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         for name, value in given.items():
             setattr(self, name, value)
@@ -160,6 +162,15 @@ class LinearCrossEntropyLoss(nn.Module):
         check_options(**given | {"ignore_index": -100 if ignore_index is None else ignore_index})
         check_max_bytes(max_bytes)
         check_grad_resolution(grad_resolution, softcap, label_smoothing)
+        check_tensor_or_none("weight", weight)
+        check_flag("bias", bias)
+        check_flag("shift", shift)
+        check_size("in_features", in_features)
+        check_size("num_classes", num_classes)
+        if not isinstance(out_features, Sequence):
+            raise TypeError(f"out_features: expected a tuple of ints, got {out_features!r}")
+        for size in out_features:
+            check_size("out_features", size)
         super().__init__()
         self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
         rows = num_classes * math.prod(self.out_features)

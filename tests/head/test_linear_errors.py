@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from oracle import Options
-from wrong_options import OPTIONS, case
+from wrong_options import OPTIONS, case, every_argument, flags
 
 import xent
 
@@ -147,14 +148,17 @@ RESOLUTIONS = [
 of_all_options = [row for row in OPTIONS if row.id != "ignore_index None"] + BUDGETS + RESOLUTIONS
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), of_all_options + TENSORS + LOSSES)
+@pytest.mark.parametrize(("arguments", "error", "message"), of_all_options + TENSORS + LOSSES + flags("shift"))
 def test_linear_cross_entropy(arguments: Options, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
         xent.linear_cross_entropy(**usual(arguments))
     assert raised.type is error
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), TENSORS + BUDGETS + RESOLUTIONS)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    TENSORS + BUDGETS + RESOLUTIONS + flags("entropy", "prediction", "shift"),
+)
 def test_linear_token_stats(arguments: Options, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
         xent.linear_token_stats(**usual(arguments))
@@ -176,7 +180,7 @@ def test_statistics_are_of_one_head_and_indices(arguments: Options, message: str
         xent.linear_token_stats(**usual(arguments))
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), of_all_options)
+@pytest.mark.parametrize(("arguments", "error", "message"), of_all_options + flags("bias", "shift"))
 def test_module_when_it_is_built(arguments: Options, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         xent.LinearCrossEntropyLoss(D, C, **arguments)
@@ -197,3 +201,13 @@ def test_nothing_is_changed_by_a_call_that_raises() -> None:
     with pytest.raises(IndexError):
         xent.linear_cross_entropy(**call)
     assert all(call[name].equal(tensor) for name, tensor in before.items())
+
+
+@every_argument(xent.linear_cross_entropy, xent.linear_token_stats, xent.LinearCrossEntropyLoss)
+def test_every_argument_is_named(function: Any, name: str, wrong: object) -> None:
+    """Also those of tomorrow; `device` and `dtype` are torch's own, and it says so in its own words."""
+    ours, module = f"^{name}: expected .*, got ", function is xent.LinearCrossEntropyLoss
+    given = ({"in_features": D, "num_classes": C} if module else usual({})) | {name: wrong}
+    batch = (torch.zeros(N, D), torch.arange(N))
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=f"{ours}|argument '{name}' must be|device string"):
+        function(**given)(*batch) if module else function(**given)

@@ -208,6 +208,12 @@ def refused(model: object, match: str, fused: bool = True) -> None:
     assert vars(model).keys() == before.keys(), "a refused model is left as it was"
 
 
+def test_options_that_are_true_or_false() -> None:
+    for name in ("fused_head", "restore"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a bool, got 'yes'$"):
+            use_xent(tiny(), **{name: "yes"})
+
+
 def test_refusals() -> None:
     refused(nn.Linear(2, 2), "PreTrainedModel")
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=V)

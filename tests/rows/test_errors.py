@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import Options
 from torch.nn import functional as F
-from wrong_options import OPTIONS, case
+from wrong_options import OPTIONS, case, every_argument, flags
 
 import xent
 
@@ -148,7 +148,9 @@ def usual(arguments: Options) -> Options:
     return {"input": torch.zeros(4, 5), "target": torch.tensor([0, 1, 2, 3])} | arguments
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), OPTIONS + TENSORS + WEIGHTS + STRICTER)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), OPTIONS + TENSORS + WEIGHTS + STRICTER + flags("inplace_backward")
+)
 def test_cross_entropy(arguments: Options, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$") as raised:
         xent.cross_entropy(**usual(arguments))
@@ -185,7 +187,9 @@ CANDIDATES = ("integer target of the shape of input", "shapes (4, 5) and (4, 1)"
 TOKEN_TENSORS = [row for row in TENSORS if row.id not in CANDIDATES]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), TOKEN_OPTIONS + TOKEN_TENSORS)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), TOKEN_OPTIONS + TOKEN_TENSORS + flags("entropy", "prediction")
+)
 def test_token_stats(arguments: Options, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         xent.token_stats(**usual(arguments))
@@ -221,3 +225,11 @@ def test_a_dim_that_only_equals_a_number() -> None:
     xent.cross_entropy(logits, target, dim=1)
     with pytest.raises(TypeError, match="dim: expected an int or None, got True"):
         xent.cross_entropy(logits, target, dim=True)
+
+
+@every_argument(xent.cross_entropy, xent.token_stats, xent.CrossEntropyLoss)
+def test_every_argument_is_named(function: Any, name: str, wrong: object) -> None:
+    """Also those of tomorrow: in the message are the argument, what was expected and what came."""
+    module = function is xent.CrossEntropyLoss
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got "):
+        function(**{name: wrong})(**usual({})) if module else function(**usual({name: wrong}))

@@ -69,6 +69,18 @@ def check_options(
         raise ValueError(f"loss_dtype: expected None or a floating torch.dtype, got {loss_dtype!r}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """A bool, and not something that happens to be true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
+def check_size(name: str, value: int) -> None:
+    """An int; torch would not name it."""
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+
+
 def check_ignore_index(ignore_index: int) -> None:
     """An int, and not a float or a bool that happens to compare equal to some target."""
     if type(ignore_index) is not int:
@@ -115,6 +127,12 @@ def check_grad_resolution(
         )
 
 
+def check_tensor_or_none(name: str, value: object) -> None:
+    """Its type alone, where its shape is checked later."""
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
+
+
 def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool, sharded: bool = False) -> None:
     """A class weight is floating and of shape (C,); beside index targets a constant.
 
@@ -122,8 +140,7 @@ def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool
     """
     if weight is None:
         return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
+    check_tensor_or_none("weight", weight)
     if weight.shape != (classes,) and not (sharded and weight.dim() == 1):
         raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
     if not weight.is_floating_point():

@@ -119,8 +119,6 @@ def holds_candidates(input: Tensor, target: Tensor) -> bool:
 
 def check_target_prob(target_prob: Tensor, target: Tensor) -> None:
     """One probability for each of the K indices of a position."""
-    if not isinstance(target_prob, Tensor):
-        raise TypeError(f"target_prob: expected a Tensor or None, got {type(target_prob).__name__}")
     if not target_prob.is_floating_point():
         raise RuntimeError(f"target_prob: expected a floating dtype, got {target_prob.dtype}")
     if target_prob.shape != target.shape:

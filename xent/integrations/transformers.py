@@ -53,7 +53,7 @@ def use_xent(
         The same model.
 
     Raises:
-        TypeError: `model` is not a :class:`transformers.PreTrainedModel`.
+        TypeError: `model` is not a :class:`transformers.PreTrainedModel`, or an option is not of its type.
         ValueError: `grad_resolution` without `fused_head`, or out of its range; or the model's loss or head is not one
             that can be replaced; the message says why.
         RuntimeError: in a training step, something other than a scale or a softcap is applied to the logits
@@ -78,6 +78,9 @@ def use_xent(
     if not isinstance(model, PreTrainedModel):
         of_peft = "; of a PEFT model patch its get_base_model()" if hasattr(model, "get_base_model") else ""
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}{of_peft}")
+    for name, flag in (("fused_head", fused_head), ("restore", restore)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {flag!r}")
     if grad_resolution is not None and not (
         fused_head and isinstance(grad_resolution, float) and 0 < grad_resolution < 1
     ):
