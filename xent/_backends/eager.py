@@ -83,7 +83,6 @@ def row_gradient(
         out = advise_huge_pages(torch.empty_like(logits))
     C, dtype, soft = logits.shape[2], compute_dtype(logits), target.is_floating_point()
     g_lse, g_picked, g_wsum, g_entropy = upstream
-    plain = spec.scale == 1 and spec.softcap is None
     all_held = _all_are_held(target, spec, C)
     kept, mask = (None, None) if all_held else _kept(target, spec.ignore_index)
     if kept is not None:
@@ -94,8 +93,8 @@ def row_gradient(
 
     for rows in _blocks(logits, kept):
         z = scores(logits[rows], spec.scale, spec.softcap)
-        # Straight into the result where its rows are at hand and z is not needed again: no copy at the end.
-        direct = plain and g_entropy is None and out.dtype == dtype and isinstance(rows[0], slice)
+        # Straight into the result where its rows are at hand: no copy at the end.
+        direct = g_entropy is None and out.dtype == dtype and isinstance(rows[0], slice)
         t = torch.sub(z, column(top[rows]), out=out[rows] if direct else None)
         # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - top, and lse in the two numbers of the row.
         factor = lse[rows].neg().exp_()
@@ -112,7 +111,7 @@ def row_gradient(
             d.scatter_add_(-1, y[..., None], column(g))
         if g_wsum is not None:
             d += _weighted(column(g_wsum[rows]), class_weight)
-        if not plain:
+        if spec.scale != 1 or spec.softcap is not None:
             d *= slope(z, spec.scale, spec.softcap)
         if mask is not None:
             d.masked_fill_(~mask[rows][..., None], 0)
