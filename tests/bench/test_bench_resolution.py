@@ -81,9 +81,12 @@ def test_curves_are_trained_once_and_drawn(
 
 
 def test_inside_the_spread_of_the_seeds() -> None:
-    """Means of the last steps, in the band from the lowest to the highest seed of the exact gradient."""
-    levels = {resolution.EXACT: (1.0, 3.0), "1/256": (2.0, 2.5), "1/1024": (2.0, 5.0)}
+    """Of given curves: their mean, in the band from the lowest to the highest seed of the exact gradient or outside.
+
+    A biased gradient is found by `test_mean_and_variance` of the head, whose bound is far below this band.
+    """
+    levels = {resolution.EXACT: (1.0, 3.0), "1/64": (0.0, 1.0), "1/256": (2.0, 2.5), "1/1024": (2.0, 5.0)}
     runs = {str(seed): {name: {"losses": [level[seed]] * 40} for name, level in levels.items()} for seed in range(2)}
     assert resolution.inside(runs, "1/256") == 1
-    assert resolution.inside(runs, "1/1024") == 0
+    assert resolution.inside(runs, "1/64") == resolution.inside(runs, "1/1024") == 0
     assert resolution.curves(runs, "1/256").shape == (2, 16)
