@@ -17,10 +17,11 @@ import pytest
 def measured(*arguments: str) -> dict[str, Any]:
     """The cases of peaks.py, given a backend, and `all` for one of them.
 
-    glibc is told to keep no freed block, which would be used again and not counted.
+    glibc is told to keep no freed block, which would be used again and not counted; nor one of 201 kB, as the terms
+    of a Hessian-vector product: in the heap they lie differently in each run, and add 0 to 5 MB.
     """
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XENT_BACKEND": arguments[0]}
-    env |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    env |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     command = [sys.executable, str(Path(__file__).with_name("peaks.py")), *arguments]
     child = subprocess.run(command, env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
@@ -59,9 +60,9 @@ def test_peak(case: str, least: float, most: float, of_backend: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("case", "most"),
     [
-        pytest.param("product", 2.1, id="the gradient and the product"),
-        pytest.param("product, softcap", 2.15, id="softcap"),
-        pytest.param("product, z-loss", 3.1, id="beside a z-loss, the square of lse has a part of its own"),
+        pytest.param("product", 2.05, id="the gradient and the product"),
+        pytest.param("product, softcap", 2.05, id="softcap"),
+        pytest.param("product, z-loss", 3.05, id="beside a z-loss, the square of lse has a part of its own"),
     ],
 )
 def test_hessian_vector_product(case: str, most: float, of_first: dict[str, Any]) -> None:
