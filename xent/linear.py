@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._head.blocks import HeadOptions
-from ._head.sparse import draw_seed, head_stats, loss_by_gradient
+from ._head.functions import draw_seed, head_stats, loss_by_gradient
 from ._inputs import options
 from ._inputs.head import LinearRows, check_dense_gradient, check_max_bytes, to_linear_rows
 from ._inputs.options import overridable

@@ -147,7 +147,6 @@ FLOW = [  # a file imports only from lines below its own
     {"_ranks.functions"},
     {"_ranks.combine"},
     {"_ranks.exchange"},
-    {"_head.sparse"},
     {"_head.functions"},
     {"_head.entries"},
     {"_head.blocks"},

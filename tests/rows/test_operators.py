@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from xent._head.blocks import HeadOptions
-from xent._head.functions import flatten
 from xent._records import HeadRows, Layout, RowSpec, Wanted
+from xent._rows.operators import flatten
 
 pytestmark = [
     pytest.mark.usefixtures("unchecked"),  # a tracer cannot read the checks
@@ -86,9 +86,13 @@ def head_loss(dtype: torch.dtype, soft: bool) -> Samples:
 
 
 def head_statistics(dtype: torch.dtype, soft: bool) -> Samples:
+    factor, seed = torch.tensor(0.5, dtype=torch.float64), torch.tensor(3)
     for row, options in heads(dtype, soft):
-        yield *row, *flatten(options._replace(entropy=True, argmax=True))
-        yield *row._replace(class_weight=None), *flatten(options)
+        own = options._replace(resolution=0.3, spec=SPEC._replace(softcap=None))
+        yield *row, None, None, *flatten(options._replace(entropy=True, argmax=True))
+        yield *row._replace(class_weight=None), None, None, *flatten(options)
+        yield *row, factor, seed, *flatten(own)
+        yield *row, None, seed, *flatten(own._replace(entropy=True, argmax=True))
 
 
 def rank_head_statistics(dtype: torch.dtype, soft: bool, group: str) -> Samples:
@@ -98,29 +102,15 @@ def rank_head_statistics(dtype: torch.dtype, soft: bool, group: str) -> Samples:
 
 
 def head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
-    for row, options in heads(dtype, soft):
-        per_row = numbers(row[0][None])
-        g_mass = per_row[0] if soft else None
+    for i, arguments in enumerate(head_statistics(dtype, soft)):
+        row, (factor, seed, *flat) = HeadRows.split(arguments)
+        found = torch.ops.xent.head_statistics(*arguments)
+        top, lse, picked = found[:3] if factor is None else found[1:4]
+        entries = [None] * 3 if seed is None else found[-3:]
+        upstream = (lse * 0.5, lse * 0.25, lse * 0.1, None if i % 2 else lse * 0.2)
         for needs in ([True, True, True, soft, False], [False, True, False, False, False]):
-            yield *row, *per_row, g_mass, *flatten(options), needs
-
-
-def sparse_head(dtype: torch.dtype, soft: bool) -> Samples:
-    factor, seed = torch.tensor(0.5, dtype=torch.float64), torch.tensor(3)
-    for row, options in heads(dtype, soft):
-        own = options._replace(resolution=0.3, spec=SPEC._replace(softcap=None))
-        yield *row, factor, seed, *flatten(own)
-        yield *row, None, seed, *flatten(own._replace(entropy=True, argmax=True))
-
-
-def sparse_head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
-    for arguments in list(sparse_head(dtype, soft))[1::2]:
-        row, (_, _, *flat) = HeadRows.split(arguments)
-        found = torch.ops.xent.sparse_head(*arguments)
-        top, lse, picked, *entries = *found[:3], *found[-3:]
-        upstream = (lse * 0.5, lse * 0.25, lse * 0.1, None)
-        for needs in ([True, True, True, soft, False], [False, True, False, False, False]):
-            yield *row, top, lse, picked, *entries, *upstream, lse if soft else None, *flat, needs
+            g_mass = lse if soft else None
+            yield *row, top, lse, picked, *[None] * 4, *entries, *upstream, g_mass, *flat, needs
 
 
 # One line for each operator: its arguments, given a dtype, whether targets are probabilities, and a group of one.
@@ -133,8 +123,6 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool, str], Samples]] = {
     "xent::head_statistics": lambda dtype, soft, _: head_statistics(dtype, soft),
     "xent::head_gradients": lambda dtype, soft, _: head_gradients(dtype, soft),
     "xent::rank_head_statistics": rank_head_statistics,
-    "xent::sparse_head": lambda dtype, soft, _: sparse_head(dtype, soft),
-    "xent::sparse_head_gradients": lambda dtype, soft, _: sparse_head_gradients(dtype, soft),
 }
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 TARGETS = {"indices": False, "probabilities": True}

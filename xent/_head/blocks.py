@@ -8,8 +8,8 @@ For one block of n rows,
     dh     = G W              dW += G^T h             db += sum_n G
 
 `loss_and_grads` is for a mean or a sum: all of it in one go, since only the upstream gradient of the loss is missing,
-one number that every gradient is proportional to. Three matrix products. `stats_of` returns numbers per row, whose
-upstream gradients are known only in backward: `stats_grads` computes the logits of each block again. Four products.
+one number that every gradient is proportional to. Three matrix products. Those of numbers per row (`entries.stats_of`)
+are known only in backward: `exact_grads` computes the logits of each block again. Four products.
 
 Rows that are ignored are left out before the first product.
 """
@@ -47,7 +47,7 @@ class HeadOptions(NamedTuple):
     z_loss: float = 0.0
     entropy: bool = False
     argmax: bool = False
-    resolution: float | None = None  # of a sparse gradient, see sparse.py
+    resolution: float | None = None  # of a sparse gradient, see entries.py
 
     @property
     def wanted(self) -> Wanted:
@@ -218,37 +218,14 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
     return [total, *grads.found()]
 
 
-@in_their_dtypes
-def stats_of(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
-    """Those of `Stats` that are wanted, (1, N) each; for a row that is left out what the primitives say of one."""
-    blocks, found = Blocks(rows, options), of_no_row(rows, options)
-    for block in blocks:
-        for whole, part in zip(found, blocks.stats(block).pack(), strict=True):
-            whole[:, block.rows] = part
-    return found
-
-
-def of_no_row(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
-    """What the primitives say of rows that are left out, for all of them."""
-    found = options.wanted.empty(rows.hidden[None], rows.target[None])
-    return [stat.fill_(0 if stat.is_floating_point() else -1) for stat in found]
-
-
-@in_their_dtypes
-def stats_grads(
-    rows: HeadRows,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    g_mass: Tensor | None,
-    options: HeadOptions,
-    needs: Needs,
+def exact_grads(
+    rows: HeadRows, stats: Stats, upstream: Upstream, g_mass: Tensor | None, options: HeadOptions, needs: Needs
 ) -> list[Tensor]:
-    """Gradients of `HeadRows.sources`, as far as they are wanted, from numbers per row, (1, N) each."""
+    """Those gradients of `HeadRows.sources` that are wanted, from numbers per row, (1, N) each."""
     blocks = Blocks(rows, options)
     grads = Grads(blocks, needs)
     for block in blocks:
         part = Upstream(*[None if g is None else g[:, block.rows] for g in upstream])  # type: ignore[arg-type]
         mass = None if g_mass is None else g_mass[:, block.rows]
-        grads.add(block, top[:, block.rows], lse[:, block.rows], part, mass)
+        grads.add(block, stats.top[:, block.rows], stats.lse[:, block.rows], part, mass)
     return grads.found()

@@ -23,14 +23,14 @@ from torch import Tensor
 from .._backends import slope
 from .._records import HeadRows, Stats, Upstream, compute_dtype, statistics_dtype
 from .._rows import dispatch, objective
-from .blocks import Blocks, HeadOptions, Needs, in_their_dtypes, of_no_row, stats_grads
+from .blocks import Blocks, HeadOptions, Needs, exact_grads, in_their_dtypes
 
 CHUNK = 1 << 20  # entries that are worked on at a time, in torch operations
 GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64
 
 
 class Entries(NamedTuple):
-    """The sparse softmax: of row n the entries from ends[n - 1] to ends[n]."""
+    """The sparse softmax: of row n the entries from ends[n - 1] to ends[n]. All are None if the gradient is exact."""
 
     ends: Tensor  #     (N,) int64
     classes: Tensor  #  (E,) int32
@@ -52,35 +52,38 @@ def uniform(seed: Tensor, rows: Tensor) -> Tensor:
 
 
 @in_their_dtypes
-def sparse_forward(rows: HeadRows, factor: Tensor | None, seed: Tensor, options: HeadOptions) -> list[Tensor]:
-    """The statistics that are wanted, (1, N) each, and `Entries`; with a factor first the loss of `loss_and_grads`."""
+def stats_of(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+    """The statistics that are wanted, (1, N) each; for a row that is left out what the primitives say of one.
+
+    With a factor the loss of `loss_and_grads` comes before them, with a seed the `Entries` come behind them.
+    """
     blocks, hidden, formula = Blocks(rows, options), rows.hidden, options.objective
-    total = None if factor is None else torch.zeros_like(factor)
-    found = of_no_row(rows, options)
+    found = options.wanted.empty(hidden[None], rows.target[None])
+    for whole in found:
+        whole.fill_(0 if whole.is_floating_point() else -1)
+    total = [] if factor is None else [torch.zeros_like(factor)]
     numbers = torch.arange(len(hidden), device=hidden.device)
     counts, parts = torch.zeros_like(numbers), []
     for block in blocks:
         stats = blocks.stats(block)
-        if total is not None and factor is not None:
-            terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
-            total += objective.row_losses(stats, terms, formula).sum() * factor
         for whole, part in zip(found, stats.pack(), strict=True):
             whole[:, block.rows] = part
-        u = uniform(seed, numbers[block.rows])
-        samples = dispatch.row_samples(
-            block.logits, block.target, stats.top, stats.lse, u, options.spec, options.resolution or 0
-        )
-        counts[block.rows] = samples.counts
-        parts.append(samples)
+        if factor is not None:
+            terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
+            total[0] += objective.row_losses(stats, terms, formula).sum() * factor
+        if seed is not None:
+            u, r = uniform(seed, numbers[block.rows]), options.resolution or 0
+            samples = dispatch.row_samples(block.logits, block.target, stats.top, stats.lse, u, options.spec, r)
+            counts[block.rows] = samples.counts
+            parts.append(samples)
+    if seed is None:
+        return [*total, *found]
     del blocks, block  # the buffer of logits, before the entries are there twice for a moment
-    none = [counts.new_empty(0, dtype=torch.int32)], [hidden.new_empty(0, dtype=compute_dtype(hidden))]
-    classes = torch.cat([part.classes for part in parts] or none[0])
-    p = torch.cat([part.p for part in parts] or none[1])
-    return [*([] if total is None else [total]), *found, counts.cumsum(0), classes, p]
+    return [*total, *found, counts.cumsum(0), torch.cat([p.classes for p in parts]), torch.cat([p.p for p in parts])]
 
 
 @in_their_dtypes
-def sparse_grads(
+def stats_grads(
     rows: HeadRows,
     stats: Stats,
     entries: Entries,
@@ -89,18 +92,18 @@ def sparse_grads(
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor]:
-    """Gradients of `HeadRows.sources`, as far as they are wanted, each in its tensor's dtype."""
-    count = int(entries.ends[-1]) if len(entries.ends) else 0  # behind them there may be room that no row took
-    entries = entries._replace(classes=entries.classes[:count], p=entries.p[:count])
+    """Those gradients of `HeadRows.sources` that are wanted, each in its tensor's dtype; with entries, sparse."""
     tensors = [t for t, needed in zip(rows.sources, needs, strict=True) if needed and t is not None]
-    whole: list[Tensor] = []
-    if rows.target.is_floating_point():  # all but p is dense: it takes its products, and the logits once more
-        rest = Upstream(torch.zeros_like(upstream.lse), upstream.picked, upstream.wsum)
-        whole = stats_grads(rows, stats.top, stats.lse, rest, g_mass, options, needs)
-    found = _sparse_part(rows, stats, entries, upstream, options, needs)
-    for part, other in zip(found, whole, strict=False):
+    sparse = entries.ends is not None
+    exact: list[Tensor] = []
+    if not sparse or rows.target.is_floating_point():
+        if sparse:  # all but p is dense: it takes its products, and the logits once more
+            rest = Upstream(torch.zeros_like(upstream.lse), upstream.picked, upstream.wsum)
+        exact = exact_grads(rows, stats, rest if sparse else upstream, g_mass, options, needs)
+    found = _sparse_part(rows, stats, entries, upstream, options, needs) if sparse else []
+    for part, other in zip(found, exact, strict=False):
         part += other
-    found += whole[len(found) :]  # that of the target
+    found += exact[len(found) :]
     return [grad.to(t.dtype) for grad, t in zip(found, tensors, strict=True)]
 
 
@@ -108,6 +111,8 @@ def _sparse_part(
     rows: HeadRows, stats: Stats, entries: Entries, upstream: Upstream, options: HeadOptions, needs: Needs
 ) -> list[Tensor]:
     """Of hidden, weight and bias: all but what is dense in itself."""
+    count = int(entries.ends[-1]) if len(entries.ends) else 0  # behind them there may be room that no row took
+    entries = entries._replace(classes=entries.classes[:count], p=entries.p[:count])
     hidden, weight, _, target, *_ = rows
     soft, compute, device = target.is_floating_point(), compute_dtype(weight), hidden.device
     coefficient = coefficients(target, stats, entries, upstream, options, compute)

@@ -1,7 +1,7 @@
-"""The Functions of a linear head with a loss, around the block loops of `blocks.py`.
+"""The Functions of a linear head with a loss, around the loops over blocks of logits; a compiler sees operators.
 
 `HeadLoss` is one number, the loss; forward computes its gradients too, and backward scales them. `HeadStats` are
-numbers per row; backward goes through the blocks again. A compiler sees each loop as one operator.
+numbers per row; backward goes through the blocks again, or has what a sparse gradient takes from forward.
 """
 
 from __future__ import annotations
@@ -14,31 +14,72 @@ from torch import Tensor
 
 from .. import _torch
 from .._backends import advise_huge_pages
-from .._records import HeadRows, RowSpec, Stats, Upstream, compute_dtype
+from .._inputs.head import LinearRows
+from .._records import HeadRows, Objective, RowSpec, Stats, Upstream, compute_dtype, statistics_dtype
+from .._rows import objective
 from .._rows.functions import OnceDifferentiable, once_differentiable, upstream_of
-from .._rows.operators import SPEC, UPSTREAM, define, differentiate
-from . import blocks
-from .blocks import HeadOptions, Needs
+from .._rows.operators import FIELDS, apply, define, differentiate, run
+from .blocks import HeadOptions, Needs, loss_and_grads
+from .entries import Entries, stats_grads, stats_of
 
+SEED = 2**63 - 1
 INSTEAD = "use xent.cross_entropy(torch.nn.functional.linear(input, linear_weight), target)"
 GONE = f"double backward of a linear head with its loss: its logits are gone; for higher derivatives {INSTEAD}"
+BATCHED = (
+    "is_grads_batched=True of the statistics of a linear head: each gradient of the batch would need the "
+    "blocks of logits once more; call torch.autograd.grad in a loop"
+)
+BATCHED_SPARSE = "is_grads_batched=True of a linear head with a sparse gradient; call torch.autograd.grad in a loop"
+NO_ENTRIES = Entries(None, None, None)  # type: ignore[arg-type]
 
 
-def head_loss(rows: HeadRows, factor: Tensor, options: HeadOptions) -> Tensor:
-    """factor * sum_n loss_n (0-d, in the statistics' dtype)."""
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in rows.sources)
-    if torch.compiler.is_compiling():
-        return torch.ops.xent.head_loss(*rows, factor, *flatten(options), list(needs))[0]  # type: ignore[no-any-return]
-    return HeadLoss.apply(*rows, factor, options, needs)[0]  # type: ignore[no-any-return, no-untyped-call]
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """One number of the caller's generator, or of the device's own."""
+    if generator is None:
+        return torch.randint(SEED, (), device=device)
+    return torch.randint(SEED, (), device=generator.device, generator=generator).to(device)
 
 
-def head_stats(rows: HeadRows, options: HeadOptions) -> Stats:
-    """Differentiable `Stats`, (1, N) each."""
-    if torch.compiler.is_compiling():
-        found = torch.ops.xent.head_statistics(*rows, *flatten(options))
+def loss_by_gradient(
+    rows: LinearRows,
+    heads: list[tuple[HeadRows, Tensor | None]],
+    settings: HeadOptions,
+    formula: Objective,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """The loss of all rows, each block's gradient beside it: three products."""
+    targets, first, row_weight = rows.targets, rows.heads[0], None
+    if first.class_weight is not None and targets.dim() == 1:
+        row_weight = objective.row_weights(targets, first.class_weight, formula.ignore_index)
+    divisor = objective.divisor(targets[None], row_weight, normalizer, formula)
+    device, dtype = first.hidden.device, statistics_dtype(first.hidden.device)
+    if isinstance(divisor, Tensor):  # perhaps one number on the CPU
+        divisor = divisor.to(device, dtype, non_blocking=True)
     else:
-        found = HeadStats.apply(*rows, options)  # type: ignore[no-untyped-call]
+        divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
+    factor = 1 / divisor.detach()
+    total = torch.stack([head_loss(head, factor, seed, settings) for head, seed in heads]).sum()
+    if divisor.requires_grad:
+        total = total * (divisor.detach() / divisor)
+    return total.to(formula.dtype)
+
+
+def head_loss(rows: HeadRows, factor: Tensor, seed: Tensor | None, options: HeadOptions) -> Tensor:
+    """factor * sum_n loss_n (0-d, in the statistics' dtype); with a seed, its gradient is sparse."""
+    needs = _needs(rows)
+    if seed is not None and any(needs):
+        return apply("head_statistics", HeadStats, rows, factor, seed, options)[0]  # type: ignore[no-any-return]
+    return apply("head_loss", HeadLoss, rows, factor, options, needs)[0]  # type: ignore[no-any-return]
+
+
+def head_stats(rows: HeadRows, seed: Tensor | None, options: HeadOptions) -> Stats:
+    """Differentiable `Stats`, (1, N) each; with a seed, their gradient is sparse."""
+    found = apply("head_statistics", HeadStats, rows, None, seed if any(_needs(rows)) else None, options)
     return options.wanted.unpack(found, rows.target.is_floating_point())
+
+
+def _needs(rows: HeadRows) -> list[bool]:
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in rows.sources]
 
 
 class NoTransforms:
@@ -61,9 +102,7 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, ...]:
         rows, (factor, options, needs) = HeadRows.split(flat)
-        if _torch.is_traced(*rows, factor):
-            return tuple(torch.ops.xent.head_loss(*rows, factor, *flatten(options), list(needs)))
-        return tuple(blocks.loss_and_grads(rows, factor, options, needs))
+        return tuple(run("head_loss", loss_and_grads, rows, factor, options, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -103,98 +142,102 @@ def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype, sources: Sequence[Tenso
 
 
 class HeadStats(NoTransforms, torch.autograd.Function):
-    """Those of `Stats` that are wanted, for each row."""
+    """The loss if there is a factor; those of `Stats` that are wanted, for each row; `Entries` if there is a seed."""
 
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, ...]:
-        rows, (options,) = HeadRows.split(flat)
-        if _torch.is_traced(*rows):
-            return tuple(torch.ops.xent.head_statistics(*rows, *flatten(options)))
-        return tuple(blocks.stats_of(rows, options))
+        rows, (factor, seed, options) = HeadRows.split(flat)
+        return tuple(run("head_statistics", stats_of, rows, factor, seed, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, (ctx.options,) = HeadRows.split(inputs)
-        stats = ctx.options.wanted.unpack(output, rows.target.is_floating_point())
-        ctx.mark_non_differentiable(stats.top, *[] if stats.argmax is None else [stats.argmax])
+        rows, (factor, seed, ctx.options) = HeadRows.split(inputs)
+        found = output if factor is None else output[1:]
+        stats = ctx.options.wanted.unpack(found, rows.target.is_floating_point())
+        entries = NO_ENTRIES if seed is None else output[-3:]
+        constants = (stats.top, stats.argmax, *entries) if factor is None else found
+        ctx.mark_non_differentiable(*[constant for constant in constants if constant is not None])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*rows, stats.top, stats.lse, stats.entropy)
+        ctx.save_for_backward(*rows, factor, *stats, *entries)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads):
-            return (None,) * 7
-        rows, (top, lse, entropy) = HeadRows.split(ctx.saved_tensors)
+            return (None,) * 9
+        options = ctx.options
+        rows, (factor, *numbers) = HeadRows.split(ctx.saved_tensors)
+        stats, entries = Stats(*numbers[:-3]), Entries(*numbers[-3:])
+        target, soft = rows.target[None], rows.target.is_floating_point()
+        with torch.no_grad():
+            if factor is None:
+                g = options.wanted.unpack(grads, soft)
+                upstream, g_mass = upstream_of(g, stats.lse, stats.entropy, target), g.mass
+            else:
+                formula, share = options.objective, grads[0] * factor
+                terms = objective.class_terms(target, rows.class_weight, len(rows.weight), formula)
+                upstream = objective.row_upstream(stats.top, stats.lse, stats.mass, terms, formula, share)
+                g_mass = -upstream.picked * stats.lse if soft else None  # of lse mass - picked
         needs = ctx.needs_input_grad[: len(rows.sources)]
-        found = stats_backward(rows, top, lse, entropy, grads, ctx.options, needs)
-        return *[once_differentiable(grad, rows.sources, GONE) for grad in found], None, None
+        found = stats_backward(rows, stats, entries, upstream, g_mass, options, needs)
+        return *[once_differentiable(grad, rows.sources, GONE) for grad in found], *[None] * 4
 
 
 def stats_backward(
     rows: HeadRows,
-    top: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    grads: Sequence[Tensor | None],
+    stats: Stats,
+    entries: Entries,
+    upstream: Upstream,
+    g_mass: Tensor | None,
     options: HeadOptions,
     needs: Needs,
 ) -> list[Tensor | None]:
     """The gradients of `HeadRows.sources` that are wanted, without a graph of their own."""
-    if any(map(_torch.is_batched_gradient, grads)):
-        raise NotImplementedError(
-            "is_grads_batched=True of the statistics of a linear head: each gradient of the batch would need the "
-            "blocks of logits once more; call torch.autograd.grad in a loop"
-        )
+    if any(map(_torch.is_batched_gradient, (*upstream, g_mass))):
+        raise NotImplementedError(BATCHED if entries.ends is None else BATCHED_SPARSE)
     with torch.no_grad():
-        g = options.wanted.unpack(grads, rows.target.is_floating_point())
-        upstream = upstream_of(g, lse, entropy, rows.target[None])
-        numbers = (*rows, top, lse, *upstream, g.mass)
-        if _torch.is_traced(*numbers):
-            found = torch.ops.xent.head_gradients(*numbers, *flatten(options), list(needs))
-        else:
-            found = blocks.stats_grads(rows, top, lse, upstream, g.mass, options, needs)
-        left = iter(found)
-        wanted = zip(rows.sources, needs, strict=True)
-        return [next(left).to(t.dtype) if t is not None and needed else None for t, needed in wanted]
+        given = rows, stats, entries, upstream, g_mass, options, list(needs)
+        found = iter(run("head_gradients", stats_grads, *given))
+        return [next(found) if needed else None for needed in needs]
 
 
 # ---------------------------------------------------------------------------------------------------- operators
 
-OPTIONS = (
-    f"{SPEC}, ScalarType dtype, SymInt max_bytes, SymInt shift, float label_smoothing, float z_loss, "
-    "bool entropy, bool argmax, float? resolution"
-)
-ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? prob, Tensor? class_weight"
-PER_ROW = f"Tensor top, Tensor lse, {UPSTREAM}, Tensor? g_mass"
+
+def with_room(found: list[Tensor], rows: HeadRows, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+    """The same; where there is a seed, with zeros behind the entries: of the size that `empty_entries` says."""
+    if seed is not None:
+        size = _capacity(rows, options)
+        found[-2:] = [torch.cat([part, part.new_zeros(size - len(part))]) for part in found[-2:]]
+    return found
 
 
-def flatten(options: HeadOptions) -> tuple[Any, ...]:
-    """As OPTIONS has it."""
-    return (*options.spec, *options[1:])
+def empty_entries(rows: HeadRows, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+    """`Entries` without numbers, where there is a seed: what a fake operator returns."""
+    if seed is None:
+        return []
+    size, hidden = _capacity(rows, options), rows.hidden
+    shapes = ((len(hidden), torch.int64), (size, torch.int32), (size, compute_dtype(hidden)))
+    return [hidden.new_empty(count, dtype=dtype) for count, dtype in shapes]
 
 
-def options_of(flat: Sequence[Any]) -> HeadOptions:
-    """The inverse of `flatten`."""
-    return HeadOptions(RowSpec(*flat[:5]), *flat[5:])
+def _capacity(rows: HeadRows, options: HeadOptions) -> int:
+    """Entries that there may be: the bound of `row_samples`, and one more in each row for rounding."""
+    per_row = int(1 / (options.resolution or 1)) + 3
+    return len(rows.hidden) * torch.sym_min(len(rows.weight), per_row)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _loss(*flat: Any) -> list[Tensor]:
-    rows, (factor, *rest, needs) = HeadRows.split(flat)
-    return blocks.loss_and_grads(rows, factor, options_of(rest), needs)
+def _statistics(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+    return with_room(stats_of(rows, factor, seed, options), rows, seed, options)
 
 
-def _statistics(*flat: Any) -> list[Tensor]:
-    rows, rest = HeadRows.split(flat)
-    return blocks.stats_of(rows, options_of(rest))
+def _empty_statistics(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+    total = [] if factor is None else [torch.empty_like(factor)]
+    stats = options.wanted.empty(rows.hidden[None], rows.target[None])
+    return [*total, *stats, *empty_entries(rows, seed, options)]
 
 
-def _gradients(*flat: Any) -> list[Tensor]:
-    rows, (top, lse, *rest, needs) = HeadRows.split(flat)
-    return blocks.stats_grads(rows, top, lse, Upstream(*rest[:4]), rest[4], options_of(rest[5:]), needs)
-
-
-def _made(rows: HeadRows, options: HeadOptions, needs: Needs) -> list[Tensor]:
-    """The gradients without numbers, as the blocks make them."""
+def _empty_loss(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Needs) -> list[Tensor]:
+    """The gradients as the blocks make them."""
     hidden, weight, _, target, prob, _ = rows
     q = target if prob is None else prob
     made = (
@@ -203,27 +246,26 @@ def _made(rows: HeadRows, options: HeadOptions, needs: Needs) -> list[Tensor]:
         (weight.shape[:1], options.weight_dtype),
         *[(q.shape, compute_dtype(q))] * 2,  # of the target or of `prob`
     )
-    return [hidden.new_empty(shape, dtype=d) for (shape, d), needed in zip(made, needs, strict=True) if needed]
+    grads = [hidden.new_empty(shape, dtype=d) for (shape, d), needed in zip(made, needs, strict=True) if needed]
+    return [torch.empty_like(factor), *grads]
 
 
-def _empty_gradients(*flat: Any) -> list[Tensor]:
-    rows, (*rest, needs) = HeadRows.split(flat)
-    return _made(rows, options_of(rest[7:]), needs)
+def _empty_gradients(rows: HeadRows, *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t, needed in zip(rows.sources, rest[-1], strict=True) if needed and t is not None]
 
 
-def _empty_loss(*flat: Any) -> list[Tensor]:
-    rows, (factor, *rest, needs) = HeadRows.split(flat)
-    return [torch.empty_like(factor), *_made(rows, options_of(rest), needs)]
-
-
-def _empty_statistics(*flat: Any) -> list[Tensor]:
-    rows, rest = HeadRows.split(flat)
-    return options_of(rest).wanted.empty(rows.hidden[None], rows.target[None])
-
-
-define("head_loss", f"({ROWS}, Tensor factor, {OPTIONS}, bool[] needs) -> Tensor[]", _loss, _empty_loss)
-define("head_statistics", f"({ROWS}, {OPTIONS}) -> Tensor[]", _statistics, _empty_statistics)
-define("head_gradients", f"({ROWS}, {PER_ROW}, {OPTIONS}, bool[] needs) -> Tensor[]", _gradients, _empty_gradients)
-differentiate("head_loss", HeadLoss, lambda *flat: (*flat[:7], options_of(flat[7:-1]), tuple(flat[-1])))
-differentiate("head_gradients", OnceDifferentiable, lambda *flat: (flat[0], GONE))
-differentiate("head_statistics", HeadStats, lambda *flat: (*flat[:6], options_of(flat[6:])))
+FIELDS[HeadOptions] = (
+    *(RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift", "float label_smoothing", "float z_loss"),
+    *("bool entropy", "bool argmax", "float? resolution"),
+)
+FIELDS[Stats] = tuple(f"Tensor{'?' * (i > 2)} stats_{name}" for i, name in enumerate(Stats._fields))
+FIELDS[Entries] = tuple(f"Tensor? entry_{name}" for name in Entries._fields)
+_LOSS = (HeadRows, "Tensor factor", HeadOptions, "bool[] needs")
+_GRADIENTS = (HeadRows, Stats, Entries, Upstream, "Tensor? g_mass", HeadOptions, "bool[] needs")
+STATISTICS = (HeadRows, "Tensor? factor", "Tensor? seed", HeadOptions)
+define("head_loss", _LOSS, "Tensor[]", loss_and_grads, _empty_loss)
+define("head_statistics", STATISTICS, "Tensor[]", _statistics, _empty_statistics)
+define("head_gradients", _GRADIENTS, "Tensor[]", stats_grads, _empty_gradients)
+differentiate("head_loss", HeadLoss)
+differentiate("head_statistics", HeadStats)
+differentiate("head_gradients", OnceDifferentiable, None, GONE)

@@ -44,12 +44,8 @@ def rank_stats(
 
     `weight` is over the classes held here, or over all of them.
     """
-    if torch.compiler.is_compiling():
-        flat = (input, target, weight, group.group_name, *layout, *spec, *wanted, inplace)
-        found = torch.ops.xent.rank_statistics(*flat)
-    else:
-        arguments = (input, target, weight, group.group_name, layout, spec, wanted, inplace)
-        found = RankStats.apply(*arguments)  # type: ignore[no-untyped-call]
+    arguments = (input, target, weight, group.group_name, layout, spec, wanted, inplace)
+    found = operators.apply("rank_statistics", RankStats, *arguments)
     ignored = None if target.is_floating_point() else target == spec.ignore_index
     return combine(Gathered.unpack(found), target, ignored, weight is not None, wanted)
 
@@ -58,18 +54,8 @@ class RankStats(torch.autograd.Function):
     """(input, target, weight) -> `Gathered`."""
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        group: str,
-        layout: Layout,
-        spec: RowSpec,
-        wanted: Wanted,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:
-        run = torch.ops.xent.rank_statistics if _torch.is_traced(input, target, weight) else _run
-        return tuple(run(input, target, weight, group, *layout, *spec, *wanted, False))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(operators.run("rank_statistics", _statistics, *arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -105,15 +91,17 @@ class RankStats(torch.autograd.Function):
         raise NotImplementedError(f"group: forward mode {WHY}")
 
 
-# ---------------------------------------------------------------------------------------------------- operators
-
-
-def _records(flat: tuple[Any, ...]) -> tuple[Layout, RowSpec, Wanted]:
-    return Layout(*flat[:3]), RowSpec(*flat[3:8]), Wanted(*flat[8:11])
-
-
-def _run(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
-    (layout, spec, wanted), soft = _records(flat), target.is_floating_point()
+def _statistics(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    group: str,
+    layout: Layout,
+    spec: RowSpec,
+    wanted: Wanted,
+    inplace: bool,
+) -> list[Tensor]:
+    soft = target.is_floating_point()
 
     def local(start: int, total: int, class_weight: Tensor | None) -> Stats:
         own, w = spec._replace(start=start, classes=total), class_weight if soft or wanted.wsum else None
@@ -126,14 +114,20 @@ def _run(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat
     return gather(group, note, target, ignored, weight, held, wanted, local).pack()
 
 
-def _empty(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *flat: Any) -> list[Tensor]:
-    layout, _, wanted = _records(flat)
+def _empty(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    group: str,
+    layout: Layout,
+    _: RowSpec,
+    wanted: Wanted,
+    __: bool,
+) -> list[Tensor]:
     held, ranks = (input.shape[layout.axis], compute_dtype(input)), _torch.process_group(group).size()
     return empty_gathered(target, held, weight is not None, ranks, wanted)
 
 
-_SCHEMA = f"(Tensor input, Tensor target, Tensor? weight, str group, {operators.STATISTICS}"
-operators.define("rank_statistics", _SCHEMA, _run, _empty)
-operators.differentiate(
-    "rank_statistics", RankStats, lambda x, y, w, group, *flat: (x, y, w, group, *_records(flat), flat[11])
-)
+_ROWS = ("Tensor input", "Tensor target", "Tensor? weight", "str group", *operators.STATISTICS)
+operators.define("rank_statistics", _ROWS, "Tensor[]", _statistics, _empty)
+operators.differentiate("rank_statistics", RankStats)

@@ -18,15 +18,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import _torch
-from .._head import blocks
 from .._head.blocks import HeadOptions
-from .._head.entries import Entries, sparse_forward
-from .._head.functions import GONE, OPTIONS, ROWS, NoTransforms, flatten, options_of, stats_backward
-from .._head.sparse import empty_entries, sparse_backward, with_room
+from .._head.entries import Entries, stats_of
+from .._head.functions import GONE, NO_ENTRIES, NoTransforms, empty_entries, stats_backward, with_room
 from .._records import HeadRows, Stats, compute_dtype
 from .._rows.functions import once_differentiable, upstream_of
 from .._rows.objective import ClassTerms
-from .._rows.operators import define, differentiate
+from .._rows.operators import apply, define, differentiate, run
 from .combine import Gathered, combine, empty_gathered, gather
 
 
@@ -34,10 +32,7 @@ def rank_head_stats(
     rows: HeadRows, seed: Tensor | None, options: HeadOptions, group: ProcessGroup
 ) -> tuple[Stats, ClassTerms]:
     """Differentiable `Stats` over the classes of all ranks, from the rows and this rank's part of the head."""
-    if torch.compiler.is_compiling():
-        found = torch.ops.xent.rank_head_statistics(*rows, seed, group.group_name, *flatten(options))
-    else:
-        found = RankHeadStats.apply(*rows, seed, group.group_name, options)  # type: ignore[no-untyped-call]
+    found = apply("rank_head_statistics", RankHeadStats, rows, seed, group.group_name, options)
     gathered, weighted = Gathered.unpack(found[: len(found) - _entries(seed)]), rows.class_weight is not None
     return combine(gathered, rows.target[None], _ignored(rows.target, options), weighted, options.wanted)
 
@@ -51,9 +46,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, ...]:
         rows, (seed, group, options) = HeadRows.split(flat)
-        if _torch.is_traced(*rows, seed):
-            return tuple(torch.ops.xent.rank_head_statistics(*rows, seed, group, *flatten(options)))
-        return tuple(_statistics(rows, seed, group, options))
+        return tuple(run("rank_head_statistics", _statistics, rows, seed, group, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -62,7 +55,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         ctx.set_materialize_grads(False)
         count = len(output) - _entries(seed)
         saved = rows._replace(class_weight=None)  # in `Gathered`: the part of the classes held here
-        ctx.save_for_backward(*saved, *Gathered.unpack(output[:count]), *output[count:])
+        ctx.save_for_backward(*saved, *Gathered.unpack(output[:count]), *(output[count:] or NO_ENTRIES))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -75,12 +68,9 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         part = rows._replace(target=y, class_weight=gathered.part)
         local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
         with torch.no_grad():
-            if found[3:]:
-                given = options.wanted.unpack(flowing, y.is_floating_point())
-                upstream = upstream_of(given, own.lse, own.entropy, y[None])
-                grads = sparse_backward(part, own, Entries(*found[3:]), upstream, given.mass, local, needs)
-            else:
-                grads = stats_backward(part, own.top, own.lse, own.entropy, flowing, local, needs)
+            given = options.wanted.unpack(flowing, y.is_floating_point())
+            upstream, entries = upstream_of(given, own.lse, own.entropy, y[None]), Entries(*found[3:])
+            grads = stats_backward(part, own, entries, upstream, given.mass, local, needs)
             if needs[0] and grads[0] is not None and group.size() > 1:
                 total = _torch.all_reduce(grads[0].to(compute_dtype(grads[0])), ctx.group)
                 grads[0] = total.to(rows.hidden.dtype)
@@ -108,11 +98,9 @@ def _statistics(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOp
     def local(start: int, total: int, part: Tensor | None) -> Stats:
         own = options._replace(spec=options.spec._replace(start=start, classes=total))
         here = rows._replace(class_weight=part)
-        if seed is None:
-            found = blocks.stats_of(here, own)
-        else:  # another one on each rank, where all draw the same
-            *found, ends, classes, p = sparse_forward(here, None, seed + start, own)
-            entries[:] = [ends, classes, p]
+        # All ranks draw the same seed, and each needs another one.
+        found = stats_of(here, None, None if seed is None else seed + start, own)
+        entries[:] = found[len(found) - _entries(seed) :]
         return options.wanted.unpack(found, target.is_floating_point())
 
     ignore_index, scale, softcap, *_ = options.spec
@@ -124,21 +112,17 @@ def _statistics(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOp
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-def _run(*flat: Any) -> list[Tensor]:
-    rows, (seed, group, *rest) = HeadRows.split(flat)
-    options = options_of(rest)
-    found = _statistics(rows, seed, group, options)
-    return found if seed is None else with_room(found, rows, options)
+def _padded(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOptions) -> list[Tensor]:
+    return with_room(_statistics(rows, seed, group, options), rows, seed, options)
 
 
-def _empty(*flat: Any) -> list[Tensor]:
-    rows, (seed, group, *rest) = HeadRows.split(flat)
-    options, ranks = options_of(rest), _torch.process_group(group).size()
+def _empty(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOptions) -> list[Tensor]:
     held, weighted = (len(rows.weight), options.weight_dtype), rows.class_weight is not None
+    ranks = _torch.process_group(group).size()
     found = empty_gathered(rows.target[None], held, weighted, ranks, options.wanted)
-    return found if seed is None else found + empty_entries(rows, options)
+    return found + empty_entries(rows, seed, options)
 
 
-_SCHEMA = f"({ROWS}, Tensor? seed, str group, {OPTIONS}) -> Tensor[]"
-define("rank_head_statistics", _SCHEMA, _run, _empty)
-differentiate("rank_head_statistics", RankHeadStats, lambda *flat: (*flat[:8], options_of(flat[8:])))
+_ROWS = (HeadRows, "Tensor? seed", "str group", HeadOptions)
+define("rank_head_statistics", _ROWS, "Tensor[]", _padded, _empty)
+differentiate("rank_head_statistics", RankHeadStats)

@@ -59,10 +59,7 @@ def row_stats(
     inplace: bool = False,
 ) -> Stats:
     """Differentiable `Stats` of logits in their own shape; with `inplace`, backward may write over them."""
-    if torch.compiler.is_compiling():
-        found = torch.ops.xent.row_statistics(input, target, class_weight, *layout, *spec, *wanted, inplace)
-    else:
-        found = RowStats.apply(input, target, class_weight, layout, spec, wanted, inplace)  # type: ignore[no-untyped-call]
+    found = operators.apply("row_statistics", RowStats, input, target, class_weight, layout, spec, wanted, inplace)
     return wanted.unpack(found, target.is_floating_point())
 
 
@@ -276,9 +273,5 @@ class OnceDifferentiable(torch.autograd.Function):
         raise NotImplementedError(ctx.reason)
 
 
-operators.differentiate(
-    "row_statistics",
-    RowStats,
-    lambda x, y, w, *flat: (x, y, w, Layout(*flat[:3]), RowSpec(*flat[3:8]), Wanted(*flat[8:11]), flat[11]),
-)
-operators.differentiate("row_gradient", RowGrad, lambda *flat: (*flat[:9], Layout(*flat[9:12]), RowSpec(*flat[12:17])))
+operators.differentiate("row_statistics", RowStats)
+operators.differentiate("row_gradient", RowGrad)

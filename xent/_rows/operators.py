@@ -7,23 +7,28 @@ when there is memory at last. Where nobody stands between a call and memory, the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Layout, RowSpec, Stats, Upstream, Wanted
+from .._records import HeadRows, Layout, RowSpec, Stats, Upstream, Wanted
 from . import dispatch
 
-# How the records are flattened, in the order of their fields.
-LAYOUT = "int axis, SymInt A, SymInt B"
-SPEC = "int ignore_index, float scale, float? softcap, SymInt start, SymInt? classes"
-WANTED = "bool wsum, bool entropy, bool argmax"
-UPSTREAM = "Tensor g_lse, Tensor g_picked, Tensor? g_wsum, Tensor? g_entropy"
-
-_GRADIENT = f"Tensor target, Tensor top, Tensor lse, {UPSTREAM}, Tensor? class_weight, {LAYOUT}, {SPEC}"
+# An operator has no records but their fields, one by one: their types and names, in their order.
+FIELDS: dict[type, tuple[Any, ...]] = {
+    Layout: ("int axis", "SymInt A", "SymInt B"),
+    RowSpec: ("int ignore_index", "float scale", "float? softcap", "SymInt start", "SymInt? classes"),
+    Wanted: ("bool wsum", "bool entropy", "bool argmax"),
+    Upstream: ("Tensor g_lse", "Tensor g_picked", "Tensor? g_wsum", "Tensor? g_entropy"),
+    HeadRows: (
+        *("Tensor hidden", "Tensor weight", "Tensor? bias"),
+        *("Tensor target", "Tensor? prob", "Tensor? class_weight"),
+    ),
+}
+PARAMETERS: dict[str, tuple[Any, ...]] = {}  # of each operator: records, or types and names
 
 
 def row_statistics(
@@ -49,9 +54,9 @@ def row_gradient(
 ) -> Tensor:
     """`dispatch.row_gradient` in the shape of the logits: fresh, or in their memory."""
     out = input.detach() if inplace else None
-    flat = (target, top, lse, *upstream, class_weight, *layout, *spec)
     if not _torch.needs_operator(input, target, *upstream, class_weight):
-        return _run_gradient(input, *flat, out=out)
+        return _gradient(input, target, top, lse, upstream, class_weight, layout, spec, out=out)
+    flat = (target, top, lse, *upstream, class_weight, *layout, *spec)
     if out is None:
         return torch.ops.xent.row_gradient(input, *flat)  # type: ignore[no-any-return]
     if any(map(_torch.is_batched_gradient, upstream)):
@@ -62,22 +67,41 @@ def row_gradient(
     return out
 
 
-def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """The operator xent::name, which runs `run` and has results shaped like those of `fake`."""
-    torch.library.define(f"xent::{name}", schema)
-    torch.library.impl(f"xent::{name}", "default", torch.no_grad()(run))
-    torch.library.register_fake(f"xent::{name}", fake)
+def apply(name: str, function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """The Function of these arguments; for a compiler xent::name, which has its derivative."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.xent, name)(*flatten(*arguments))
+    return function.apply(*_of_function(arguments))  # type: ignore[no-untyped-call]
 
 
-def differentiate(name: str, function: type[torch.autograd.Function], pack: Callable[..., tuple[Any, ...]]) -> None:
-    """Give xent::name the derivative of `function`, whose arguments are `pack` of the operator's.
+def run(name: str, function: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
+    """The function of these arguments; where a tracer looks on, xent::name, which runs it."""
+    flat = flatten(*arguments)
+    if _torch.is_traced(*[argument for argument in flat if isinstance(argument, Tensor)]):
+        return getattr(torch.ops.xent, name)(*flat)  # type: ignore[no-any-return]
+    return function(*arguments)
+
+
+def define(
+    name: str, parameters: tuple[Any, ...], result: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """The operator xent::name, which runs `function` and has results shaped like those of `fake`."""
+    PARAMETERS[name] = parameters
+    torch.library.define(f"xent::{name}", f"({', '.join(map(_schema, parameters))}) -> {result}")
+    torch.library.impl(f"xent::{name}", "default", torch.no_grad()(lambda *flat: function(*_arguments(name, flat))))
+    torch.library.register_fake(f"xent::{name}", lambda *flat: fake(*_arguments(name, flat)))
+
+
+def differentiate(name: str, function: type[torch.autograd.Function], *given: Any) -> None:
+    """Give xent::name the derivative of `function`, whose arguments are the operator's, or these.
 
     A compiler traces the operator; it would refuse a Function that knows forward mode.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.count = len(inputs)
-        function.setup_context(ctx, pack(*inputs), tuple(output) if isinstance(output, list) else output)
+        arguments = given or _of_function(_arguments(name, inputs))
+        function.setup_context(ctx, tuple(arguments), tuple(output) if isinstance(output, list) else output)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         found = function.backward(ctx, *(grads[0] if isinstance(grads[0], (list, tuple)) else grads))
@@ -86,45 +110,67 @@ def differentiate(name: str, function: type[torch.autograd.Function], pack: Call
     torch.library.register_autograd(f"xent::{name}", backward, setup_context=setup_context)
 
 
-def _statistics(input: Tensor, target: Tensor, class_weight: Tensor | None, *flat: Any) -> list[Tensor]:
-    layout, spec, wanted = Layout(*flat[:3]), RowSpec(*flat[3:8]), Wanted(*flat[8:11])
+def flatten(*arguments: Any) -> list[Any]:
+    """The arguments of an operator: the fields of records, and of records within records."""
+    flat: list[Any] = []
+    for argument in arguments:
+        flat += flatten(*argument) if isinstance(argument, tuple) else [argument]
+    return flat
+
+
+def _arguments(name: str, flat: Sequence[Any]) -> list[Any]:
+    """The inverse."""
+    left = iter(flat)
+
+    def take(parameter: Any) -> Any:
+        return next(left) if isinstance(parameter, str) else parameter(*map(take, FIELDS[parameter]))
+
+    return [take(parameter) for parameter in PARAMETERS[name]]
+
+
+def _of_function(arguments: Sequence[Any]) -> list[Any]:
+    """Those of a Function: records too, but autograd must see each tensor."""
+    return [x for given in arguments for x in (given if isinstance(given, (HeadRows, Upstream)) else (given,))]
+
+
+def _schema(parameter: Any) -> str:
+    return parameter if isinstance(parameter, str) else ", ".join(map(_schema, FIELDS[parameter]))
+
+
+def _statistics(
+    input: Tensor, target: Tensor, class_weight: Tensor | None, layout: Layout, spec: RowSpec, wanted: Wanted, _: bool
+) -> list[Tensor]:
     return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight).pack()
 
 
-def _empty_statistics(input: Tensor, target: Tensor, class_weight: Tensor | None, *flat: Any) -> list[Tensor]:
-    return Wanted(*flat[8:11]).empty(input.new_empty(*flat[1:3], 0), target)
+def _empty_statistics(
+    input: Tensor, target: Tensor, _: Any, layout: Layout, __: Any, wanted: Wanted, *___: Any
+) -> list[Tensor]:
+    return wanted.empty(input.new_empty(layout.A, layout.B, 0), target)
 
 
-def _run_gradient(input: Tensor, *flat: Any, out: Tensor | None = None) -> Tensor:
-    (target, top, lse), upstream, class_weight = flat[:3], Upstream(*flat[3:7]), flat[7]
-    layout, spec = Layout(*flat[8:11]), RowSpec(*flat[11:16])
+def _gradient(input: Tensor, *arguments: Any, out: Tensor | None = None) -> Tensor:
+    target, top, lse, upstream, class_weight, layout, spec = arguments
     rows = None if out is None else layout.rows(out)
     found = dispatch.row_gradient(layout.rows(input), target, top, lse, upstream, spec, class_weight, rows)
     # A tensor of its own and no view, so that autograd may add the next gradient to it in place.
     return layout.restore(found, input.shape).data if out is None else out
 
 
-def _run_gradient_(input: Tensor, *flat: Any) -> None:
-    _run_gradient(input, *flat, out=input)
+def _write_gradient(input: Tensor, *arguments: Any) -> None:
+    _gradient(input, *arguments, out=input)
     torch.autograd.graph.increment_version(input)  # in an operator, a view has a version of its own
 
 
-def _empty_gradient(input: Tensor, *flat: Any) -> Tensor:
-    layout = Layout(*flat[8:11])
+def _empty_gradient(input: Tensor, *arguments: Any) -> Tensor:
+    layout: Layout = arguments[-2]
     return layout.restore(torch.empty_like(layout.rows(input)), input.shape)
 
 
-def _nothing(*arguments: Any) -> None:
-    """Of an operator that writes over an argument."""
-
-
 # `inplace` is for the derivative, which may write over the logits.
-STATISTICS = f"{LAYOUT}, {SPEC}, {WANTED}, bool inplace) -> Tensor[]"
-define(
-    "row_statistics",
-    f"(Tensor input, Tensor target, Tensor? class_weight, {STATISTICS}",
-    _statistics,
-    _empty_statistics,
-)
-define("row_gradient", f"(Tensor input, {_GRADIENT}) -> Tensor", _run_gradient, _empty_gradient)
-define("row_gradient_", f"(Tensor(a!) input, {_GRADIENT}) -> ()", _run_gradient_, _nothing)
+STATISTICS = (Layout, RowSpec, Wanted, "bool inplace")
+_ROWS = ("Tensor input", "Tensor target", "Tensor? class_weight", *STATISTICS)
+_NUMBERS = ("Tensor target", "Tensor top", "Tensor lse", Upstream, "Tensor? class_weight", Layout, RowSpec)
+define("row_statistics", _ROWS, "Tensor[]", _statistics, _empty_statistics)
+define("row_gradient", ("Tensor input", *_NUMBERS), "Tensor", _gradient, _empty_gradient)
+define("row_gradient_", ("Tensor(a!) input", *_NUMBERS), "()", _write_gradient, lambda *_: None)
