@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import _torch
 from .._records import Layout, Objective, RowSpec, compute_dtype, statistics_dtype
-from . import objective
-from .formula import losses, losses_gradient
+from . import dispatch, objective
+from . import formula as by_objective
 from .functions import row_stats
 
 
@@ -82,7 +82,9 @@ class Loss(torch.autograd.Function):
         tensor, given = (normalizer, 1.0) if isinstance(normalizer, Tensor) else (None, normalizer)
         if tensor is not None:  # divides at the end
             formula = formula._replace(dtype=statistics_dtype(input.device))
-        value, numbers, ctx.found = losses(input, target, layout, weight, given, spec, formula)
+        module: Any = dispatch.backend_for(input, target)
+        ctx.module = module = module if hasattr(module, "losses") and input.numel() > 0 else by_objective
+        value, ctx.divisor, *numbers = module.losses(input, target, layout, weight, given, spec, formula)
         if tensor is not None:
             value = (value / tensor).to(options.formula.dtype)
         # It is saved even where it is not needed, to be seen if it changes.
@@ -102,5 +104,9 @@ class Loss(torch.autograd.Function):
             return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
         if normalizer is not None:
             g = g.to(statistics_dtype(g.device)) / normalizer
-        d = losses_gradient(input, target, tuple(numbers), ctx.found, layout, weight, g, spec, formula, inplace)
+        out = input.detach() if inplace else None
+        rest = (layout, weight, g, ctx.divisor, spec, formula, out)
+        d = ctx.module.losses_gradient(input, target, *numbers, *rest)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)
         return d, None, None, None, None
