@@ -105,11 +105,16 @@ class Places:
             )
         return x.redistribute(placements=expected).to_local(grad_placements=grad or expected)
 
-    def class_weight(self, weight: Any) -> Any:
-        """Whole, or the part of the classes held here."""
-        if not _is_dtensor(weight):
-            return weight
-        return self.part("weight", weight, self.classes if weight.placements == self.classes else self.replicate)
+    def target(self, target: Any, soft: bool, several: bool, options: dict[str, Any]) -> Any:
+        """This rank's part of the target; of `target_prob` and `weight`, whole or its classes, among the options."""
+        expected = self.logits if soft else self.candidates if several else self.per_row
+        y = self.part("target", target, expected)
+        if "target_prob" in options:
+            options["target_prob"] = self.part("target_prob", options["target_prob"], expected)
+        if _is_dtensor(weight := options.get("weight")):
+            held = self.classes if weight.placements == self.classes else self.replicate
+            options["weight"] = self.part("weight", weight, held)
+        return y
 
     def whole(self, found: Any) -> Any:
         """The results of all ranks: one number per position, or one in all; or several of them."""
@@ -163,15 +168,10 @@ def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **option
     places = Places(input.device_mesh, input.placements, input.shape, axis)
     soft = target.shape == input.shape and not several
     x = input.to_local(grad_placements=places.logits)
-    of_target = places.logits if soft else places.candidates if several else places.per_row
-    y = places.part("target", target, of_target)
-    if (q := options.get("target_prob")) is not None:
-        options["target_prob"] = places.part("target_prob", q, of_target)
-    if (weight := options.get("weight")) is not None:
-        options["weight"] = places.class_weight(weight)
-    places.add_divisor(
-        options, y, x.shape[:axis].numel() * x.shape[axis + 1 :].numel(), weight, axis if several else None
-    )
+    weight = options.get("weight")
+    y = places.target(target, soft, several, options)
+    positions = x.shape[:axis].numel() * x.shape[axis + 1 :].numel()
+    places.add_divisor(options, y, positions, weight, axis if several else None)
     return places.whole(function(x, y, **options, group=places.group))
 
 
@@ -205,16 +205,12 @@ def on_head(
         input = input.redistribute(placements=hidden)
     per_class = target.dim() > axis  # probabilities, or K candidates
     several = per_class and not target.is_floating_point()
-    of_target = places.candidates if several else places.logits if per_class else places.per_row
     of_batch = tuple(Partial() if i in places.batch else p for i, p in enumerate(places.classes))
     h = places.part("input", input, tuple(hidden))
     W = places.part("linear_weight", linear_weight, places.classes, of_batch)
     options["linear_bias"] = places.part("linear_bias", linear_bias, places.classes, of_batch)
-    y = places.part("target", target, of_target)
-    if (q := options.get("target_prob")) is not None:
-        options["target_prob"] = places.part("target_prob", q, of_target)
-    if (weight := options.get("weight")) is not None:
-        options["weight"] = places.class_weight(weight)
+    weight = options.get("weight")
+    y = places.target(target, per_class and not several, several, options)
     shift = bool(options.get("shift"))
     counted = y[..., 1:, :] if per_class and shift else y[..., 1:] if shift else y
     places.add_divisor(options, counted, counted.shape[:axis].numel(), weight, axis if several else None)

@@ -26,9 +26,8 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -118,11 +117,11 @@ def exchange(
         if any(header.classes < 0 for header in headers):
             _raise_failure(headers, failure)
         _check_notes(headers)
-        sizes = tuple(header.classes for header in headers)
-        agreed.sizes[classes] = sizes
-        if any((header.start, header.total) != (sum(sizes[:r]), sum(sizes)) for r, header in enumerate(headers)):
-            if guess != (sum(sizes[:rank]), sum(sizes)):
-                guess = (sum(sizes[:rank]), sum(sizes))
+        sizes = agreed.sizes[classes] = tuple(header.classes for header in headers)
+        places = [(sum(sizes[:r]), sum(sizes)) for r in range(R)]
+        if [(header.start, header.total) for header in headers] != places:
+            if guess != places[rank]:
+                guess = places[rank]
                 vectors, failure = _attempt(compute, *guess)
             continue
         if any(header.code for header in headers):
@@ -134,31 +133,23 @@ def exchange(
 
 def report_failure_to_ranks(group: ProcessGroup | None, input: object) -> AbstractContextManager[None]:
     """A rank that fails in this context takes part in the exchange all the same, which raises its error everywhere."""
-    return ALONE if group is None or torch.compiler.is_compiling() else FailureReport(group, input)
+    return ALONE if group is None or torch.compiler.is_compiling() else _report_failure(group, input)
 
 
-class FailureReport(AbstractContextManager[None]):
-    """See `report_failure_to_ranks`."""
-
-    def __init__(self, group: ProcessGroup, input: object) -> None:
-        if not isinstance(group, ProcessGroup):
-            kind = type(group).__name__
-            raise TypeError(f"group: expected None or a ProcessGroup of which this process is a rank, got {kind}")
-        self.group = group
-        self.device = input.device if isinstance(input, Tensor) else torch.device("cpu")
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Tell the others."""
-        if not isinstance(error, Exception):
-            return
+@contextmanager
+def _report_failure(group: ProcessGroup, input: object) -> Iterator[None]:
+    if not isinstance(group, ProcessGroup):
+        kind = type(group).__name__
+        raise TypeError(f"group: expected None or a ProcessGroup of which this process is a rank, got {kind}")
+    try:
+        yield
+    except Exception as error:
+        failure = error  # which Python forgets at the end of this block
 
         def fail(start: int, total: int) -> NoReturn:
-            raise error
+            raise failure
 
-        exchange(self.group, -1, "", self.device, fail)
+        exchange(group, -1, "", input.device if isinstance(input, Tensor) else torch.device("cpu"), fail)
 
 
 def _attempt(compute: Compute, start: int, total: int) -> tuple[list[Tensor], Exception | None]:
