@@ -185,12 +185,7 @@ class TokenStats(NamedTuple):
 
     @classmethod
     def _of(
-        cls,
-        stats: Stats,
-        target: Tensor,
-        ignore_index: int,
-        dtype: torch.dtype,
-        shaped: Callable[[Tensor], Tensor],
+        cls, stats: Stats, target: Tensor, ignore_index: int, dtype: torch.dtype, shaped: Callable[[Tensor], Tensor]
     ) -> TokenStats:
         if has_candidates(target):  # some of a position may be ignored
             log_prob = (stats.picked - stats.lse[..., None]).masked_fill(target == ignore_index, 0)

@@ -10,13 +10,13 @@ from torch.distributed import ProcessGroup
 from ._head.blocks import HeadOptions
 from ._head.functions import draw_seed, head_stats, loss_by_gradient
 from ._inputs import options
-from ._inputs.head import LinearRows, check_dense_gradient, check_max_bytes, to_linear_rows
+from ._inputs.head import LinearRows, check_max_bytes, to_linear_rows
 from ._inputs.options import overridable
 from ._inputs.rows import holds_candidates, result_dtype
 from ._ranks.dtensor import distributed, on_head
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.head import rank_head_stats
-from ._records import HeadRows, Objective, RowSpec
+from ._records import HeadRows, Objective, RowSpec, Wanted
 from ._rows import objective
 from .functional import TokenStats
 
@@ -140,11 +140,10 @@ def linear_cross_entropy(
         )
         options.check_flag("shift", shift)
         options.check_tensor_or_none("target_prob", target_prob)
-        options.check_grad_resolution(grad_resolution, softcap, label_smoothing, generator)
-        budget = check_max_bytes(max_bytes)
         several = target_prob is not None
+        options.check_grad_resolution(grad_resolution, softcap, label_smoothing, generator, several)
+        budget = check_max_bytes(max_bytes)
         rows = to_linear_rows(input, linear_weight, target, linear_bias, weight, shift, ignore, several, target_prob)
-        check_dense_gradient(grad_resolution, several)
         options.check_weight(weight, len(linear_weight), input, False, sharded=group is not None)
         options.check_normalizer_device(normalizer, input)
         if group is not None and linear_weight.dim() > 2:
@@ -152,9 +151,9 @@ def linear_cross_entropy(
 
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
     spec = RowSpec(ignore, logit_scale, softcap)
-    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, label_smoothing, z_loss, resolution=grad_resolution)
-    seeds = _seeds(grad_resolution, len(rows.heads), input, generator)
-    heads = list(zip(rows.heads, seeds, strict=True))
+    smooth = (formula.wanted, label_smoothing, z_loss, grad_resolution)
+    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, *smooth)
+    heads = [(head, draw_seed(grad_resolution, input.device, generator)) for head in rows.heads]
     if group is not None or reduction == "none":
         return _by_rows(rows, heads, settings, formula, normalizer, group)
     return loss_by_gradient(rows, heads, settings, formula, normalizer)
@@ -257,32 +256,22 @@ def linear_token_stats(
         options.check_transform(logit_scale, softcap)
         for name, flag in (("entropy", entropy), ("prediction", prediction), ("shift", shift)):
             options.check_flag(name, flag)
-        options.check_grad_resolution(grad_resolution, softcap, generator=generator)
-        budget = check_max_bytes(max_bytes)
         one_head = isinstance(linear_weight, Tensor) and linear_weight.dim() <= 2
         several = one_head and holds_candidates(input, target)
+        options.check_grad_resolution(grad_resolution, softcap, generator=generator, candidates=several)
+        budget = check_max_bytes(max_bytes)
         rows = to_linear_rows(input, linear_weight, target, linear_bias, None, shift, ignore_index, several)
-        head, *others = rows.heads
-        y = head.target
-        if others or linear_weight.dim() > 2:
+        if linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
+        head, y = rows.heads[0], rows.heads[0].target
         if y.is_floating_point():
             raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
-        check_dense_gradient(grad_resolution, several)
     spec = RowSpec(ignore_index, logit_scale, softcap)
-    settings = HeadOptions(
-        spec, rows.dtype, budget, rows.shift, entropy=entropy, argmax=prediction, resolution=grad_resolution
-    )
-    (seed,) = _seeds(grad_resolution, 1, input, generator)
+    wanted = Wanted(False, entropy, prediction)
+    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, wanted, resolution=grad_resolution)
+    seed = draw_seed(grad_resolution, input.device, generator)
     if group is None:
         stats = head_stats(head, seed, settings)
     else:
         stats, _ = rank_head_stats(head, seed, settings, group)
     return TokenStats._of(stats, y[None], ignore_index, settings.weight_dtype, rows.shaped)
-
-
-def _seeds(
-    resolution: float | None, heads: int, input: Tensor, generator: torch.Generator | None
-) -> list[Tensor | None]:
-    """For each head a seed, whether a gradient is wanted or not: so what is drawn later does not depend on it."""
-    return [None if resolution is None else draw_seed(input.device, generator) for _ in range(heads)]

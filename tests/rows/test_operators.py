@@ -25,6 +25,7 @@ Samples = Iterator[tuple[Any, ...]]
 
 N, C, D = 6, 5, 3
 SPEC = RowSpec(scale=0.5, softcap=3.0)
+ALL = Wanted(True, True, True)
 
 
 def logits_of(dtype: torch.dtype, soft: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -50,7 +51,7 @@ def class_weight(x: Tensor) -> Tensor:
 def statistics(dtype: torch.dtype, soft: bool, *group: str) -> Samples:
     for x, target in logits_of(dtype, soft):
         layout = Layout(2, *x.shape[:2])
-        yield x, target, class_weight(x), *group, *layout, *SPEC, *Wanted(True, True, True), False
+        yield x, target, class_weight(x), *group, *layout, *SPEC, *ALL, False
         yield x.movedim(2, 1), target, None, *group, *layout._replace(axis=1), *SPEC, *Wanted(), False
 
 
@@ -70,7 +71,8 @@ def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[HeadRows, HeadOption
     for (x, target), products in ((some, dtype), (some, other), (none, dtype)):
         target = target.flatten(0, 1)
         h = torch.randn(len(target), D, dtype=dtype)
-        options = HeadOptions(SPEC, products, max_bytes=100, label_smoothing=0.1, z_loss=0.1)
+        wanted = Wanted(wsum=True)
+        options = HeadOptions(SPEC, products, max_bytes=100, wanted=wanted, label_smoothing=0.1, z_loss=0.1)
         yield HeadRows(h, W, b, target, None, class_weight(x)), options
 
 
@@ -89,15 +91,15 @@ def head_statistics(dtype: torch.dtype, soft: bool) -> Samples:
     factor, seed = torch.tensor(0.5, dtype=torch.float64), torch.tensor(3)
     for row, options in heads(dtype, soft):
         own = options._replace(resolution=0.3, spec=SPEC._replace(softcap=None))
-        yield *row, None, None, *flatten(options._replace(entropy=True, argmax=True))
+        yield *row, None, None, *flatten(options._replace(wanted=ALL))
         yield *row._replace(class_weight=None), None, None, *flatten(options)
         yield *row, factor, seed, *flatten(own)
-        yield *row, None, seed, *flatten(own._replace(entropy=True, argmax=True))
+        yield *row, None, seed, *flatten(own._replace(wanted=ALL))
 
 
 def rank_head_statistics(dtype: torch.dtype, soft: bool, group: str) -> Samples:
     for row, options in heads(dtype, soft):
-        yield *row, None, group, *flatten(options._replace(entropy=True, argmax=True))
+        yield *row, None, group, *flatten(options._replace(wanted=ALL))
         yield *row._replace(class_weight=None), torch.tensor(3), group, *flatten(options._replace(resolution=0.3))
 
 

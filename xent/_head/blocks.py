@@ -43,16 +43,10 @@ class HeadOptions(NamedTuple):
     dtype: torch.dtype
     max_bytes: int
     shift: int = 0  #  T > 0: of each T rows the last does not count, and row n belongs to row n + 1 of the targets
+    wanted: Wanted = Wanted()
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    entropy: bool = False
-    argmax: bool = False
     resolution: float | None = None  # of a sparse gradient, see entries.py
-
-    @property
-    def wanted(self) -> Wanted:
-        """The optional statistics."""
-        return Wanted(self.label_smoothing > 0, self.entropy, self.argmax)
 
     @property
     def objective(self) -> Objective:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _torch
 from .._backends import advise_huge_pages
 from .._inputs.head import LinearRows
-from .._records import HeadRows, Objective, RowSpec, Stats, Upstream, compute_dtype, statistics_dtype
+from .._records import HeadRows, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
 from .._rows import objective
 from .._rows.functions import OnceDifferentiable, once_differentiable, upstream_of
 from .._rows.operators import FIELDS, apply, define, differentiate, run
@@ -33,11 +33,17 @@ BATCHED_SPARSE = "is_grads_batched=True of a linear head with a sparse gradient;
 NO_ENTRIES = Entries(None, None, None)  # type: ignore[arg-type]
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """One number of the caller's generator, or of the device's own."""
-    if generator is None:
-        return torch.randint(SEED, (), device=device)
-    return torch.randint(SEED, (), device=generator.device, generator=generator).to(device)
+def draw_seed(
+    resolution: float | None, device: torch.device, generator: torch.Generator | None
+) -> Tensor | None:
+    """For a sparse gradient, one number of the caller's generator, or of the device's own.
+
+    It is drawn whether a gradient is wanted or not: so what is drawn later does not depend on that.
+    """
+    if resolution is None:
+        return None
+    source = device if generator is None else generator.device
+    return torch.randint(SEED, (), device=source, generator=generator).to(device)
 
 
 def loss_by_gradient(
@@ -255,8 +261,8 @@ def _empty_gradients(rows: HeadRows, *rest: Any) -> list[Tensor]:
 
 
 FIELDS[HeadOptions] = (
-    *(RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift", "float label_smoothing", "float z_loss"),
-    *("bool entropy", "bool argmax", "float? resolution"),
+    *(RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift", Wanted),
+    *("float label_smoothing", "float z_loss", "float? resolution"),
 )
 FIELDS[Stats] = tuple(f"Tensor{'?' * (i > 2)} stats_{name}" for i, name in enumerate(Stats._fields))
 FIELDS[Entries] = tuple(f"Tensor? entry_{name}" for name in Entries._fields)

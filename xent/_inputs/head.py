@@ -49,12 +49,6 @@ def check_max_bytes(max_bytes: int | None) -> int:
     return max_bytes
 
 
-def check_dense_gradient(grad_resolution: float | None, candidates: bool) -> None:
-    """A sparse gradient has one entry of a target in each row."""
-    if candidates and grad_resolution is not None:
-        raise ValueError(f"grad_resolution: expected None for K classes per position, got {grad_resolution}")
-
-
 def to_linear_rows(
     input: Tensor,
     linear_weight: Tensor,

@@ -109,7 +109,11 @@ def check_transform(logit_scale: float, softcap: float | None) -> None:
 
 
 def check_grad_resolution(
-    grad_resolution: float | None, softcap: float | None, label_smoothing: float = 0.0, generator: object = None
+    grad_resolution: float | None,
+    softcap: float | None,
+    label_smoothing: float = 0.0,
+    generator: object = None,
+    candidates: bool = False,
 ) -> None:
     """A probability, above which the gradient of a linear head is as it is."""
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -120,6 +124,8 @@ def check_grad_resolution(
         return
     if not (isinstance(grad_resolution, float) and 0 < grad_resolution < 1):
         raise ValueError(f"grad_resolution: expected None or a float in (0, 1), got {grad_resolution!r}")
+    if candidates:  # a sparse gradient has one entry of a target in each row
+        raise ValueError(f"grad_resolution: expected None for K classes per position, got {grad_resolution}")
     if softcap is not None and label_smoothing > 0:
         raise ValueError(
             "grad_resolution: expected no softcap beside label_smoothing, whose part of the gradient is then neither "

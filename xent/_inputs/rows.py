@@ -35,12 +35,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(
-    input: Tensor,
-    target: Tensor,
-    dim: int | None,
-    ignore_index: int,
-    candidates: bool = False,
-    inplace: bool = False,
+    input: Tensor, target: Tensor, dim: int | None, ignore_index: int, candidates: bool = False, inplace: bool = False
 ) -> Batch:
     """Check input and target against each other and find their rows; `inplace` allows no copy of the logits.
 

@@ -131,12 +131,7 @@ class Places:
         elif found.dim():
             shape, places = self.shape[: self.axis] + self.shape[self.axis + 1 :], self.per_row
         return DTensor.from_local(
-            found,
-            self.mesh,
-            places,
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
+            found, self.mesh, places, run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride()
         )
 
     def add_divisor(

@@ -83,7 +83,7 @@ class RankStats(torch.autograd.Function):
         input, layout = functions.fold_input(info.batch_size, in_dims[0], args[0], args[4])
         (target,) = functions.fold(info.batch_size, in_dims[1:2], args[1:2])
         numbers, *rest = RankStats.apply(input, target, *args[2:4], layout, *args[5:])  # type: ignore[no-untyped-call]
-        split = numbers.unflatten(2, (info.batch_size, numbers.shape[2] // info.batch_size))
+        split = numbers.unflatten(2, (info.batch_size, args[4].A))
         return (split, *rest), (2, *[None] * len(rest))
 
     @staticmethod

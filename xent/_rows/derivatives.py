@@ -31,13 +31,7 @@ class RowTerms:
     """What each derivative needs: z, z', u = z - top, log p, p, and the target as a linear map over the classes."""
 
     def __init__(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        top: Tensor,
-        lse: Tensor,
-        class_weight: Tensor | None,
-        spec: RowSpec,
+        self, logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, class_weight: Tensor | None, spec: RowSpec
     ) -> None:
         """Ignored rows get harmless logits, whatever they hold: nothing of them may reach a result."""
         self.logits, self.spec = logits, spec
@@ -159,18 +153,8 @@ def gradient_vjp(rows: RowTerms, gradient: Gradient, v: Tensor) -> tuple[Tensor 
         d_g_entropy = -rows.sum(u * rows.p * rows.log_p)
     if not isinstance(rows.w, Tensor):
         d_weight = None
-    d_g_lse, d_g_picked = rows.sum(u * rows.p), rows.pick(u)
-    return (
-        d_logits.to(rows.logits.dtype),
-        d_target,
-        None,
-        None if own_lse else d_lse,
-        d_g_lse,
-        d_g_picked,
-        d_g_wsum,
-        d_g_entropy,
-        d_weight,
-    )
+    d_upstream = (rows.sum(u * rows.p), rows.pick(u), d_g_wsum, d_g_entropy)
+    return d_logits.to(rows.logits.dtype), d_target, None, None if own_lse else d_lse, *d_upstream, d_weight
 
 
 def over_rows(terms: Tensor) -> Tensor:

@@ -74,11 +74,6 @@ def fold(batch: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | No
     return folded
 
 
-def unfold(batch: int, x: Tensor) -> Tensor:
-    """The inverse."""
-    return x.reshape(batch, len(x) // batch, *x.shape[1:])
-
-
 def refuse_mapped_weight(dim: int | None) -> None:
     """All rows of a call share the class weights, so they cannot differ along the mapped dimension."""
     if dim is not None:
@@ -89,15 +84,8 @@ class RowStats(torch.autograd.Function):
     """(input, target, class_weight) -> those of `Stats` that are wanted, in its order."""
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        target: Tensor,
-        class_weight: Tensor | None,
-        layout: Layout,
-        spec: RowSpec,
-        wanted: Wanted,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        input, target, class_weight, layout, spec, wanted, _inplace = arguments
         return tuple(operators.row_statistics(input, target, layout, spec, wanted, class_weight).pack())
 
     @staticmethod
@@ -123,7 +111,8 @@ class RowStats(torch.autograd.Function):
         input, layout = fold_input(info.batch_size, in_dims[0], args[0], args[3])
         (target,) = fold(info.batch_size, in_dims[1:2], args[1:2])
         found = RowStats.apply(input, target, args[2], layout, *args[4:])  # type: ignore[no-untyped-call]
-        return tuple(unfold(info.batch_size, stat) for stat in found), (0,) * len(found)
+        shape = (info.batch_size, args[3].A)
+        return tuple(stat.unflatten(0, shape) for stat in found), (0,) * len(found)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dq: Tensor | None, dw: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -194,24 +183,12 @@ def upstream_of(g: Stats, lse: Tensor, entropy: Tensor | None, target: Tensor) -
 
 
 class RowGrad(torch.autograd.Function):
-    """The gradient of the logits from one upstream number per row and statistic, by `dispatch.row_gradient`."""
+    """(input, target, top, lse, *Upstream, class_weight) -> the gradient of the logits, by `dispatch.row_gradient`."""
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        target: Tensor,
-        top: Tensor,
-        lse: Tensor,
-        g_lse: Tensor,
-        g_picked: Tensor,
-        g_wsum: Tensor | None,
-        g_entropy: Tensor | None,
-        class_weight: Tensor | None,
-        layout: Layout,
-        spec: RowSpec,
-    ) -> Tensor:
-        upstream = Upstream(g_lse, g_picked, g_wsum, g_entropy)
-        return operators.row_gradient(input, target, top, lse, upstream, class_weight, layout, spec)
+    def forward(*arguments: Any) -> Tensor:
+        input, target, top, lse, *upstream, class_weight, layout, spec = arguments
+        return operators.row_gradient(input, target, top, lse, Upstream(*upstream), class_weight, layout, spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -45,12 +45,8 @@ def class_terms(target: Tensor, weight: Tensor | None, classes: int, objective: 
     if weight is None:
         return ClassTerms(classes, classes, None)
     rows = None if target.is_floating_point() else row_weights(target, weight, objective.ignore_index)
-    return ClassTerms(classes, weight_sum(weight, classes, objective), rows)
-
-
-def weight_sum(weight: Tensor, classes: int, objective: Objective) -> float | Tensor:
-    """sum_c w_c, where the formula asks for it."""
-    return weight.sum(dtype=statistics_dtype(weight.device)) if objective.label_smoothing > 0 else classes
+    smooth = objective.label_smoothing > 0  # else nobody reads the sum
+    return ClassTerms(classes, weight.sum(dtype=statistics_dtype(weight.device)) if smooth else classes, rows)
 
 
 def of_candidates(

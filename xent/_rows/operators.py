@@ -137,15 +137,13 @@ def _schema(parameter: Any) -> str:
     return parameter if isinstance(parameter, str) else ", ".join(map(_schema, FIELDS[parameter]))
 
 
-def _statistics(
-    input: Tensor, target: Tensor, class_weight: Tensor | None, layout: Layout, spec: RowSpec, wanted: Wanted, _: bool
-) -> list[Tensor]:
+def _statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
+    class_weight, layout, spec, wanted, _ = arguments
     return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight).pack()
 
 
-def _empty_statistics(
-    input: Tensor, target: Tensor, _: Any, layout: Layout, __: Any, wanted: Wanted, *___: Any
-) -> list[Tensor]:
+def _empty_statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
+    _, layout, _, wanted, _ = arguments
     return wanted.empty(input.new_empty(layout.A, layout.B, 0), target)
 
 
