@@ -33,9 +33,7 @@ BATCHED_SPARSE = "is_grads_batched=True of a linear head with a sparse gradient;
 NO_ENTRIES = Entries(None, None, None)  # type: ignore[arg-type]
 
 
-def draw_seed(
-    resolution: float | None, device: torch.device, generator: torch.Generator | None
-) -> Tensor | None:
+def draw_seed(resolution: float | None, device: torch.device, generator: torch.Generator | None) -> Tensor | None:
     """For a sparse gradient, one number of the caller's generator, or of the device's own.
 
     It is drawn whether a gradient is wanted or not: so what is drawn later does not depend on that.

@@ -111,7 +111,8 @@ class Places:
         y = self.part("target", target, expected)
         if "target_prob" in options:
             options["target_prob"] = self.part("target_prob", options["target_prob"], expected)
-        if _is_dtensor(weight := options.get("weight")):
+        weight: Any = options.get("weight")
+        if _is_dtensor(weight):
             held = self.classes if weight.placements == self.classes else self.replicate
             options["weight"] = self.part("weight", weight, held)
         return y

@@ -84,6 +84,7 @@ class Loss(torch.autograd.Function):
             formula = formula._replace(dtype=statistics_dtype(input.device))
         module: Any = dispatch.backend_for(input, target)
         ctx.module = module = module if hasattr(module, "losses") and input.numel() > 0 else by_objective
+        value: Tensor
         value, ctx.divisor, *numbers = module.losses(input, target, layout, weight, given, spec, formula)
         if tensor is not None:
             value = (value / tensor).to(options.formula.dtype)

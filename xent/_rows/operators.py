@@ -139,7 +139,8 @@ def _schema(parameter: Any) -> str:
 
 def _statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
     class_weight, layout, spec, wanted, _ = arguments
-    return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight).pack()
+    stats = dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
+    return stats.pack()
 
 
 def _empty_statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
