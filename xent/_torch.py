@@ -27,8 +27,7 @@ def _key_set(names: list[str]) -> int:
     return functools.reduce(operator.or_, [torch._C.DispatchKeySet(key).raw_repr() for key in keys])
 
 
-_PLAIN = _key_set(_PLAIN_NAMES)
-_BEYOND = ~_PLAIN
+_BEYOND = ~_key_set(_PLAIN_NAMES)
 _MODE = _key_set(["Python", "PythonTLSSnapshot"])  # a TorchDispatchMode is active
 _ModeKey = torch._C._TorchDispatchModeKey
 _keys_of_one, _keys_of_this_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
@@ -43,7 +42,7 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     keys = _keys_of_this_thread().raw_repr()
-    for tensor in tensors:  # as `_keys_of`, without the call
+    for tensor in tensors:
         if tensor is not None:
             keys |= _keys_of_one(tensor).raw_repr()
     return keys & _BEYOND != 0
@@ -54,18 +53,11 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
     They shall see the products and collectives between the calls of the primitives, which a tracer cannot follow.
     """
-    if torch.compiler.is_compiling() or _keys_of(tensors) & ~_PLAIN:
+    keys = [_keys_of_one(tensor).raw_repr() for tensor in tensors if tensor is not None]
+    if torch.compiler.is_compiling() or any(key & _BEYOND for key in keys):
         return True
-    beyond = _keys_of_this_thread().raw_repr() & ~_PLAIN
+    beyond = _keys_of_this_thread().raw_repr() & _BEYOND
     return beyond & ~_MODE != 0 or (beyond != 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)))
-
-
-def _keys_of(tensors: tuple[Tensor | None, ...]) -> int:
-    keys = 0
-    for tensor in tensors:
-        if tensor is not None:
-            keys |= _keys_of_one(tensor).raw_repr()
-    return keys
 
 
 def apply_to_plain(function: type[torch.autograd.Function], *arguments: Any) -> Any:

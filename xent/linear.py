@@ -151,24 +151,22 @@ def linear_cross_entropy(
 
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
     spec = RowSpec(ignore, logit_scale, softcap)
-    smooth = (formula.wanted, label_smoothing, z_loss, grad_resolution)
-    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, *smooth)
+    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, formula.wanted, formula, grad_resolution)
     heads = [(head, draw_seed(grad_resolution, input.device, generator)) for head in rows.heads]
     if group is not None or reduction == "none":
-        return _by_rows(rows, heads, settings, formula, normalizer, group)
-    return loss_by_gradient(rows, heads, settings, formula, normalizer)
+        return _by_rows(rows, heads, settings, normalizer, group)
+    return loss_by_gradient(rows, heads, settings, normalizer)
 
 
 def _by_rows(
     rows: LinearRows,
     heads: list[tuple[HeadRows, Tensor | None]],
     settings: HeadOptions,
-    formula: Objective,
     normalizer: float | Tensor | None,
     group: ProcessGroup | None,
 ) -> Tensor:
     """The loss of each row from its statistics, whose gradient is known in backward only: four products."""
-    losses = []
+    losses, formula = [], settings.formula
     for head, seed in heads:
         q, head = head.prob, head._replace(prob=None)
         if group is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from xent._head.blocks import HeadOptions
-from xent._records import HeadRows, Layout, RowSpec, Wanted
+from xent._records import HeadRows, Layout, Objective, RowSpec, Wanted
 from xent._rows.operators import flatten
 
 pytestmark = [
@@ -71,8 +71,8 @@ def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[HeadRows, HeadOption
     for (x, target), products in ((some, dtype), (some, other), (none, dtype)):
         target = target.flatten(0, 1)
         h = torch.randn(len(target), D, dtype=dtype)
-        wanted = Wanted(wsum=True)
-        options = HeadOptions(SPEC, products, max_bytes=100, wanted=wanted, label_smoothing=0.1, z_loss=0.1)
+        formula = Objective("sum", label_smoothing=0.1, z_loss=0.1)
+        options = HeadOptions(SPEC, products, max_bytes=100, wanted=formula.wanted, formula=formula)
         yield HeadRows(h, W, b, target, None, class_weight(x)), options
 
 

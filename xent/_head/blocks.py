@@ -19,7 +19,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Concatenate, NamedTuple, ParamSpec
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
 from .products import add_outer, block_dtype, hidden_gradient, logits_of
 
-P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., list[Tensor]])
 Needs = tuple[bool, ...]  # whether a gradient of each of `HeadRows.sources` is wanted
 FEW = 1 << 18  # logits: what is made of so many at a time stays in the cache
 
@@ -44,14 +45,8 @@ class HeadOptions(NamedTuple):
     max_bytes: int
     shift: int = 0  #  T > 0: of each T rows the last does not count, and row n belongs to row n + 1 of the targets
     wanted: Wanted = Wanted()
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    formula: Objective = Objective()  # of a row's loss, and of no statistic
     resolution: float | None = None  # of a sparse gradient, see entries.py
-
-    @property
-    def objective(self) -> Objective:
-        """The formula of a row's loss."""
-        return Objective("sum", self.label_smoothing, self.z_loss, ignore_index=self.spec.ignore_index)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -60,7 +55,7 @@ class HeadOptions(NamedTuple):
 
     def class_weight(self, rows: HeadRows) -> Tensor | None:
         """As the primitives take it."""
-        return objective.class_weight(rows.class_weight, rows.target, self.label_smoothing, self.weight_dtype)
+        return objective.class_weight(rows.class_weight, rows.target, self.formula.label_smoothing, self.weight_dtype)
 
 
 class Block(NamedTuple):
@@ -168,19 +163,16 @@ class Grads:
         return [grad for grad in (self.dh, self.dW, self.db, self.dq) if grad is not None]
 
 
-def in_their_dtypes(
-    function: Callable[Concatenate[HeadRows, P], list[Tensor]],
-) -> Callable[Concatenate[HeadRows, P], list[Tensor]]:
+def in_their_dtypes(function: F) -> F:
     """Without autocast, which `HeadOptions.dtype` has heeded: it would round once more what a product is given."""
 
     @functools.wraps(function)
-    def run(rows: HeadRows, /, *args: P.args, **kwargs: P.kwargs) -> list[Tensor]:
-        if not _torch.autocasts(rows.hidden.device):
-            return function(rows, *args, **kwargs)
-        with torch.autocast(rows.hidden.device.type, enabled=False):
-            return function(rows, *args, **kwargs)
+    def run(rows: HeadRows, *args: Any) -> Any:
+        device = rows.hidden.device
+        with torch.autocast(device.type, enabled=False) if _torch.autocasts(device) else nullcontext():
+            return function(rows, *args)
 
-    return run
+    return run  # type: ignore[return-value]
 
 
 @in_their_dtypes
@@ -191,7 +183,7 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
     would take small probabilities below what the format can hold.
     """
     blocks = Blocks(rows, options)
-    total, grads, formula = torch.zeros_like(factor), Grads(blocks, needs), options.objective
+    total, grads, formula = torch.zeros_like(factor), Grads(blocks, needs), options.formula
     g = torch.ones_like(factor) if options.dtype == torch.float16 else factor
     for block in blocks:
         stats = blocks.stats(block)

@@ -57,7 +57,7 @@ def stats_of(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options
 
     With a factor the loss of `loss_and_grads` comes before them, with a seed the `Entries` come behind them.
     """
-    blocks, hidden, formula = Blocks(rows, options), rows.hidden, options.objective
+    blocks, hidden, formula = Blocks(rows, options), rows.hidden, options.formula
     found = options.wanted.empty(hidden[None], rows.target[None])
     for whole in found:
         whole.fill_(0 if whole.is_floating_point() else -1)
@@ -118,17 +118,17 @@ def _sparse_part(
     coefficient = coefficients(target, stats, entries, upstream, options, compute)
     rank_one = upstream.wsum is not None and not soft
     exact = compute if soft or rank_one else None  # what is still added to
-    found = []
+    dh = dW = db = None
     if needs[0]:
-        found.append(dispatch.gather_sums(entries.ends, entries.classes, coefficient, weight, exact or hidden.dtype))
-    ones = torch.ones(len(hidden), 1, dtype=compute, device=device)
-    by_class = dispatch.transpose(entries.ends, entries.classes, coefficient, len(weight)) if any(needs[1:3]) else None
+        dh = dispatch.gather_sums(entries.ends, entries.classes, coefficient, weight, exact or hidden.dtype)
+    if needs[1] or needs[2]:
+        by_class = dispatch.transpose(entries.ends, entries.classes, coefficient, len(weight))
     del coefficient
-    for needed, factor, dtype in zip(needs[1:3], (hidden, ones), (weight.dtype, compute), strict=True):
-        if needed and by_class is not None:
-            found.append(dispatch.gather_sums(*by_class, factor, exact or dtype))
+    if needs[1]:
+        dW = dispatch.gather_sums(*by_class, hidden, exact or weight.dtype)
     if needs[2]:
-        found[-1] = found[-1][:, 0]
+        ones = torch.ones(len(hidden), 1, dtype=compute, device=device)
+        db = dispatch.gather_sums(*by_class, ones, compute)[:, 0]
     if rank_one and upstream.wsum is not None:
         kept = (target != options.spec.ignore_index).nonzero()[:, 0]
         a = torch.zeros(len(hidden), dtype=compute, device=device)
@@ -136,19 +136,19 @@ def _sparse_part(
         w = options.class_weight(rows)
         w = torch.ones(len(weight), dtype=compute, device=device) if w is None else w
         classes = torch.arange(len(weight), dtype=torch.int32, device=device)
-        left = iter(found)
-        if needs[0]:
-            next(left).addr_(a, dispatch.gather_sums(_end(classes), classes, w, weight, compute)[0])
-        if needs[1]:
-            next(left).addr_(w, dispatch.gather_sums(_end(kept), kept.int(), a[kept], hidden, compute)[0])
-        if needs[2]:
-            next(left).add_(w * a.sum())
-    return found
+        if dh is not None:
+            dh.addr_(a, _sum(classes, w, weight))
+        if dW is not None:
+            dW.addr_(w, _sum(kept.int(), a[kept], hidden))
+        if db is not None:
+            db += w * a.sum()
+    return [grad for grad in (dh, dW, db) if grad is not None]
 
 
-def _end(index: Tensor) -> Tensor:
-    """Of one segment."""
-    return torch.full((1,), len(index), device=index.device)
+def _sum(index: Tensor, coefficient: Tensor, rows: Tensor) -> Tensor:
+    """sum_e coefficient_e rows[index_e]: one segment."""
+    ends = torch.full((1,), len(index), device=index.device)
+    return dispatch.gather_sums(ends, index, coefficient, rows, coefficient.dtype)[0]
 
 
 def coefficients(

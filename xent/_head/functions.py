@@ -48,11 +48,10 @@ def loss_by_gradient(
     rows: LinearRows,
     heads: list[tuple[HeadRows, Tensor | None]],
     settings: HeadOptions,
-    formula: Objective,
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """The loss of all rows, each block's gradient beside it: three products."""
-    targets, first, row_weight = rows.targets, rows.heads[0], None
+    targets, first, row_weight, formula = rows.targets, rows.heads[0], None, settings.formula
     if first.class_weight is not None and targets.dim() == 1:
         row_weight = objective.row_weights(targets, first.class_weight, formula.ignore_index)
     divisor = objective.divisor(targets[None], row_weight, normalizer, formula)
@@ -177,7 +176,7 @@ class HeadStats(NoTransforms, torch.autograd.Function):
                 g = options.wanted.unpack(grads, soft)
                 upstream, g_mass = upstream_of(g, stats.lse, stats.entropy, target), g.mass
             else:
-                formula, share = options.objective, grads[0] * factor
+                formula, share = options.formula, grads[0] * factor
                 terms = objective.class_terms(target, rows.class_weight, len(rows.weight), formula)
                 upstream = objective.row_upstream(stats.top, stats.lse, stats.mass, terms, formula, share)
                 g_mass = -upstream.picked * stats.lse if soft else None  # of lse mass - picked
@@ -258,9 +257,13 @@ def _empty_gradients(rows: HeadRows, *rest: Any) -> list[Tensor]:
     return [torch.empty_like(t) for t, needed in zip(rows.sources, rest[-1], strict=True) if needed and t is not None]
 
 
+FIELDS[Objective] = (
+    *("str reduction", "float label_smoothing", "float z_loss", "str on_empty"),
+    *("int loss_ignore_index", "ScalarType loss_dtype"),
+)
 FIELDS[HeadOptions] = (
-    *(RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift", Wanted),
-    *("float label_smoothing", "float z_loss", "float? resolution"),
+    *(RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift"),
+    *(Wanted, Objective, "float? resolution"),
 )
 FIELDS[Stats] = tuple(f"Tensor{'?' * (i > 2)} stats_{name}" for i, name in enumerate(Stats._fields))
 FIELDS[Entries] = tuple(f"Tensor? entry_{name}" for name in Entries._fields)

@@ -77,14 +77,8 @@ class GroupState:
 
     def __init__(self) -> None:
         self.count = 0  # of gathers
-        self.length = LEAST
-        self.lengths: deque[int] = deque(maxlen=MEMORY)
+        self.lengths: deque[int] = deque(maxlen=MEMORY)  # what the longest message of each took
         self.sizes: dict[int, tuple[int, ...]] = {}  # classes on each rank, by the number of those held here
-
-    def record(self, needed: int) -> None:
-        """Agree on the length of the next message, after a gather whose longest needed this much."""
-        self.lengths.append(needed)
-        self.length = max(LEAST, *self.lengths)
 
 
 _agreed: WeakKeyDictionary[ProcessGroup, GroupState] = WeakKeyDictionary()
@@ -108,12 +102,13 @@ def exchange(
     vectors, failure = _attempt(compute, *guess)
     while True:
         need = HEADER + sum(vector.numel() for vector in vectors)
-        own = Header(_code(failure), need, classes, *guess, note if failure is None else _words(failure))
-        length = agreed.length
+        code, text = (0, note) if failure is None else _said(failure)
+        own = Header(code, need, classes, *guess, text)
+        length = max([LEAST, *agreed.lengths])
         gathered = _gather(group, agreed, own, _message(own, vectors, length, device))
         headers = [Header.read(row) for row in gathered[:, :HEADER].contiguous().view(torch.int64).tolist()]
         needed = max(header.need for header in headers)
-        agreed.record(needed)
+        agreed.lengths.append(needed)
         if any(header.classes < 0 for header in headers):
             _raise_failure(headers, failure)
         _check_notes(headers)
@@ -180,14 +175,11 @@ def _gather(group: ProcessGroup, agreed: GroupState, own: Header, message: Tenso
     return gathered.view(group.size(), -1)  # type: ignore[no-any-return]
 
 
-def _code(failure: Exception | None) -> int:
-    if failure is None:
-        return 0
-    return next((1 + i for i, kind in enumerate(ERRORS) if type(failure) is kind), 1)
-
-
-def _words(failure: Exception) -> str:
-    return str(failure) if type(failure) in ERRORS else f"{type(failure).__name__}: {failure}"
+def _said(failure: Exception) -> tuple[int, str]:
+    """The code of its kind, and its words: a kind that has no code is among them."""
+    if type(failure) in ERRORS:
+        return 1 + ERRORS.index(type(failure)), str(failure)
+    return 1, f"{type(failure).__name__}: {failure}"
 
 
 def _raise_failure(headers: list[Header], failure: Exception | None) -> NoReturn:

@@ -64,7 +64,7 @@ def row_statistics(
     device-side assertion).
     """
     if spec.classes is None:
-        spec = RowSpec(*spec[:4], logits.shape[2] + spec.start)
+        spec = spec._replace(classes=logits.shape[2] + spec.start)
     if logits.numel() == 0:
         return _no_logits(logits, target, spec, wanted)
     return _function("row_statistics", logits, target)(logits, target, spec, wanted, class_weight)  # type: ignore[no-any-return]

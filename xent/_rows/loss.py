@@ -70,14 +70,8 @@ class Loss(torch.autograd.Function):
     """See `loss`. Without `setup_context`, for the sake of small batches: torch would inspect each call's signature."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        normalizer: float | Tensor | None,
-        options: LossOptions,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        input, target, weight, normalizer, options = arguments
         layout, spec, formula, _ = ctx.options = options
         tensor, given = (normalizer, 1.0) if isinstance(normalizer, Tensor) else (None, normalizer)
         if tensor is not None:  # divides at the end

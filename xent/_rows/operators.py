@@ -139,13 +139,13 @@ def _schema(parameter: Any) -> str:
 
 def _statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
     class_weight, layout, spec, wanted, _ = arguments
-    stats = dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
-    return stats.pack()
+    return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight).pack()
 
 
 def _empty_statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
     _, layout, _, wanted, _ = arguments
-    return wanted.empty(input.new_empty(layout.A, layout.B, 0), target)
+    found: list[Tensor] = wanted.empty(input.new_empty(layout.A, layout.B, 0), target)
+    return found
 
 
 def _gradient(input: Tensor, *arguments: Any, out: Tensor | None = None) -> Tensor:
