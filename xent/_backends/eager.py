@@ -30,10 +30,9 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
     """See `xent._rows.dispatch.row_statistics`."""
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
-    all_held = _all_are_held(target, spec, C)
+    all_held, kept, mask = _kept(target, spec, C)
     if not soft and not all_held:
         check_range(target, spec.classes or 0, spec.ignore_index)
-    kept, mask = (None, None) if all_held else _kept(target, spec.ignore_index)
     stats = wanted.unpack(wanted.empty(logits, target), soft)
     if kept is not None:
         for all_rows in stats.pack():
@@ -83,8 +82,7 @@ def row_gradient(
         out = advise_huge_pages(torch.empty_like(logits))
     C, dtype, soft = logits.shape[2], compute_dtype(logits), target.is_floating_point()
     g_lse, g_picked, g_wsum, g_entropy = upstream
-    all_held = _all_are_held(target, spec, C)
-    kept, mask = (None, None) if all_held else _kept(target, spec.ignore_index)
+    all_held, kept, mask = _kept(target, spec, C)
     if kept is not None:
         out[(target == spec.ignore_index).nonzero(as_tuple=True)] = 0
 
@@ -128,7 +126,7 @@ def row_samples(
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
     counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     classes, kept = [counts.new_empty(0, dtype=torch.int32)], [logits.new_empty(0, dtype=compute_dtype(logits))]
-    for rows in _blocks(logits, _kept(target, spec.ignore_index)[0]):
+    for rows in _blocks(logits, _kept(target, spec, C)[1]):
         z = scores(logits[rows], spec.scale, spec.softcap).view(-1, C)
         base, factor = (x[rows].to(z.dtype).view(-1, 1) for x in (top, torch.exp(-lse)))
         p, u = torch.exp(z - base) * factor, uniform[rows[1]].to(dtype)[:, None]
@@ -183,30 +181,21 @@ def _local(target: Tensor, start: int, C: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, C - 1), (local >= 0) & (local < C)
 
 
-def _all_are_held(target: Tensor, spec: RowSpec, C: int) -> bool:
-    """Whether every row counts and has its target among the classes held here, as far as can be looked at."""
-    if target.is_floating_point() or not _at_hand(target) or not target.numel():
-        return False
-    low, high = (int(y) for y in target.aminmax())
-    return spec.start <= low and high < spec.start + C and not low <= spec.ignore_index <= high
+def _kept(target: Tensor, spec: RowSpec, C: int) -> tuple[bool, tuple[Tensor, ...] | None, Tensor | None]:
+    """Whether every row counts and has its target among the classes held here, as far as can be looked at.
 
-
-def _at_hand(target: Tensor) -> bool:
-    """Whether numbers can be looked at: not without a host sync on a device, nor in a traced graph."""
-    return target.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _kept(target: Tensor, ignore_index: int) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
-    """Indices of the rows that count, or a mask of them: without a host sync on a device, or in a traced graph.
-
-    None where all rows count.
+    And of the rows that count the indices, or a mask: without a host sync on a device, or in a traced graph. None where
+    all rows count.
     """
     if target.is_floating_point():
-        return None, None
-    keep = target != ignore_index
-    if not _at_hand(target):
-        return None, keep
-    return None if keep.all() else keep.nonzero(as_tuple=True), None
+        return False, None, None
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return False, None, target != spec.ignore_index
+    low, high = (int(y) for y in target.aminmax())
+    if spec.start <= low and high < spec.start + C and not low <= spec.ignore_index <= high:
+        return True, None, None
+    keep = target != spec.ignore_index
+    return False, None if keep.all() else keep.nonzero(as_tuple=True), None
 
 
 def _blocks(logits: Tensor, kept: tuple[Tensor, ...] | None) -> Iterator[tuple[Any, Any]]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _torch
@@ -145,9 +144,24 @@ class Places:
         given: Any = options.get("normalizer")
         if _is_dtensor(given):
             options["normalizer"] = given.full_tensor(grad_placements=self.scalar)
-        elif self.batch and options.get("reduction") == "mean" and given is None:
-            groups = [self.mesh.get_group(i) for i in self.batch]
-            options["normalizer"] = _divisor(y, positions, weight, groups, options, candidates)
+        if not self.batch or options.get("reduction") != "mean" or given is not None:
+            return
+        dtype = statistics_dtype(y.device)
+        if y.is_floating_point():
+            total = count = torch.tensor(positions, device=y.device)
+        else:  # targets out of range are found later, by all ranks alike
+            ignored = options.get("ignore_index")
+            ignore_index = -100 if ignored is None else ignored
+            counts = as_index(y, ignore_index) != ignore_index
+            total = count = counts.sum() if candidates is None else counts.any(candidates).sum()
+            if candidates is None and weight is not None:
+                w = weight.full_tensor() if _is_dtensor(weight) else weight
+                total = w.to(dtype)[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
+        numbers = torch.stack([total.to(dtype), count.to(dtype)])
+        for i in self.batch:
+            numbers = _torch.all_reduce(numbers, self.mesh.get_group(i).group_name)
+        nobody = numbers[1] == 0 if options.get("on_empty") == "zero" else 0
+        options["normalizer"] = numbers[0] + nobody
 
 
 def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **options: Any) -> Any:
@@ -212,24 +226,3 @@ def on_head(
     places.add_divisor(options, counted, counted.shape[:axis].numel(), weight, axis if several else None)
     places.shape = torch.Size((*input.shape[: axis - shift], *[input.shape[axis - 1] - 1] * shift, len(linear_weight)))
     return places.whole(function(h, W, y, **options, group=places.group))
-
-
-def _divisor(
-    y: Tensor, positions: int, weight: Any, groups: list[ProcessGroup], options: Any, candidates: int | None
-) -> Tensor:
-    """What the mean over the whole batch divides by. Targets out of range are found later, by all ranks alike."""
-    dtype = statistics_dtype(y.device)
-    if y.is_floating_point():
-        total = count = torch.tensor(positions, device=y.device)
-    else:
-        given = options.get("ignore_index")
-        ignore_index = -100 if given is None else given
-        counts = as_index(y, ignore_index) != ignore_index
-        total = count = counts.sum() if candidates is None else counts.any(candidates).sum()
-        if candidates is None and weight is not None:
-            w = weight.full_tensor() if _is_dtensor(weight) else weight
-            total = w.to(dtype)[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
-    numbers = torch.stack([total.to(dtype), count.to(dtype)])
-    for group in groups:
-        numbers = _torch.all_reduce(numbers, group.group_name)
-    return numbers[0] + (numbers[1] == 0) if options.get("on_empty") == "zero" else numbers[0]

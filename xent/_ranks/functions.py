@@ -91,17 +91,8 @@ class RankStats(torch.autograd.Function):
         raise NotImplementedError(f"group: forward mode {WHY}")
 
 
-def _statistics(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    group: str,
-    layout: Layout,
-    spec: RowSpec,
-    wanted: Wanted,
-    inplace: bool,
-) -> list[Tensor]:
-    soft = target.is_floating_point()
+def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *options: Any) -> list[Tensor]:
+    (layout, spec, wanted, _), soft = options, target.is_floating_point()
 
     def local(start: int, total: int, class_weight: Tensor | None) -> Stats:
         own, w = spec._replace(start=start, classes=total), class_weight if soft or wanted.wsum else None
@@ -114,16 +105,8 @@ def _statistics(
     return gather(group, note, target, ignored, weight, held, wanted, local).pack()
 
 
-def _empty(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    group: str,
-    layout: Layout,
-    _: RowSpec,
-    wanted: Wanted,
-    __: bool,
-) -> list[Tensor]:
+def _empty(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *options: Any) -> list[Tensor]:
+    layout, _, wanted, _ = options
     held, ranks = (input.shape[layout.axis], compute_dtype(input)), _torch.process_group(group).size()
     return empty_gathered(target, held, weight is not None, ranks, wanted)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._backends import blocks, rows_of_block, scores, slope
-from .._records import RowSpec, Stats, Upstream, compute_dtype, rows_that_count
+from .._records import RowSpec, Stats, compute_dtype, rows_that_count
 
 CACHE_BYTES = 256 << 10  # of each term: they stay in a second-level cache
 
@@ -109,16 +109,16 @@ def coefficient_gradient(logits: Tensor, top: Tensor, g_picked: Tensor, g_mass: 
 
 
 class Gradient:
-    """S and e, of which every derivative of the gradient is made, from the upstream numbers of the rows."""
+    """S and e, of which every derivative of the gradient is made."""
 
-    def __init__(self, rows: RowTerms, upstream: Upstream) -> None:
-        """Any of its numbers may carry a graph or a tangent of its own."""
-        g_lse, self.g_picked, self.g_wsum, self.g_entropy = upstream
-        self.rows, g_entropy = rows, upstream.entropy
+    def __init__(self, tensors: tuple[Any, ...], spec: RowSpec) -> None:
+        """Of the tensors that `RowGrad` takes. Any of its numbers may carry a graph or a tangent of its own."""
+        logits, target, top, lse, g_lse, self.g_picked, self.g_wsum, self.g_entropy, class_weight = tensors
+        self.rows = rows = RowTerms(logits, target, top, lse, class_weight, spec)
         self.e = self.smooth = rows.p * rows.column(g_lse)  # the part of S that is not linear in z
-        if g_entropy is not None:
-            self.smooth = self.smooth - rows.column(g_entropy) * rows.p * rows.log_p
-            self.e = self.smooth - rows.column(g_entropy) * rows.p
+        if self.g_entropy is not None:
+            self.smooth = self.smooth - rows.column(self.g_entropy) * rows.p * rows.log_p
+            self.e = self.smooth - rows.column(self.g_entropy) * rows.p
 
     def curvature(self) -> Tensor | None:
         """S dz'/dx, with dz'/dx = -2 s z z' / softcap^2; None where z is linear in x."""
@@ -129,32 +129,60 @@ class Gradient:
             S = S + self.rows.column(self.g_wsum) * self.rows.w
         return S * self.rows.z * self.rows.z1 * (-2 * self.rows.spec.scale / self.rows.spec.softcap**2)
 
+    def vjp(self, v: Tensor) -> tuple[Tensor | None, ...]:
+        """d sum(v * dx) with respect to logits, target, top, lse, g_lse, g_picked, g_wsum, g_entropy, class_weight."""
+        rows = self.rows
+        v = rows.mask(v.to(rows.dtype))
+        u = v * rows.z1
+        ue = u * self.e
+        d_lse = -rows.sum(ue)
+        own_lse = rows.spec.classes is None
+        if own_lse:  # what lse passes on to these logits is at hand
+            ue = ue + rows.p * rows.column(d_lse)
+        curvature = self.curvature()
+        d_logits = ue * rows.z1 if curvature is None else ue * rows.z1 + v * curvature
+        d_target = d_weight = d_g_wsum = d_g_entropy = None
+        if rows.q is not None:
+            ug = u * rows.column(self.g_picked)
+            d_target, d_weight = (ug * rows.w).to(rows.q.dtype), over_rows(ug * rows.q)
+        if self.g_wsum is not None:
+            d_g_wsum = rows.sum(u * rows.w)
+            more = over_rows(u * rows.column(self.g_wsum))
+            d_weight = more if d_weight is None else d_weight + more
+        if self.g_entropy is not None:
+            d_g_entropy = -rows.sum(u * rows.p * rows.log_p)
+        if not isinstance(rows.w, Tensor):
+            d_weight = None
+        d_upstream = (rows.sum(u * rows.p), rows.pick(u), d_g_wsum, d_g_entropy)
+        return d_logits.to(rows.logits.dtype), d_target, None, None if own_lse else d_lse, *d_upstream, d_weight
 
-def gradient_vjp(rows: RowTerms, gradient: Gradient, v: Tensor) -> tuple[Tensor | None, ...]:
-    """d sum(v * dx): with respect to logits, target, top, lse, g_lse, g_picked, g_wsum, g_entropy and class_weight."""
-    v = rows.mask(v.to(rows.dtype))
-    u = v * rows.z1
-    ue = u * gradient.e
-    d_lse = -rows.sum(ue)
-    own_lse = rows.spec.classes is None
-    if own_lse:  # what lse passes on to these logits is at hand
-        ue = ue + rows.p * rows.column(d_lse)
-    curvature = gradient.curvature()
-    d_logits = ue * rows.z1 if curvature is None else ue * rows.z1 + v * curvature
-    d_target = d_weight = d_g_wsum = d_g_entropy = None
-    if rows.q is not None:
-        ug = u * rows.column(gradient.g_picked)
-        d_target, d_weight = (ug * rows.w).to(rows.q.dtype), over_rows(ug * rows.q)
-    if gradient.g_wsum is not None:
-        d_g_wsum = rows.sum(u * rows.w)
-        more = over_rows(u * rows.column(gradient.g_wsum))
-        d_weight = more if d_weight is None else d_weight + more
-    if gradient.g_entropy is not None:
-        d_g_entropy = -rows.sum(u * rows.p * rows.log_p)
-    if not isinstance(rows.w, Tensor):
-        d_weight = None
-    d_upstream = (rows.sum(u * rows.p), rows.pick(u), d_g_wsum, d_g_entropy)
-    return d_logits.to(rows.logits.dtype), d_target, None, None if own_lse else d_lse, *d_upstream, d_weight
+    def jvp(self, tangents: tuple[Tensor | None, ...]) -> Tensor:
+        """The tangent of dx from those of the arguments, in the order of `vjp`'s results."""
+        rows = self.rows
+        dx, dq, _, d_lse, d_g_lse, d_g_picked, d_g_wsum, d_g_entropy, dw = tangents
+        dS = torch.zeros_like(rows.z)
+        if dx is not None:
+            dS = dS + self.e * rows.z1 * dx.to(rows.dtype)
+        if d_lse is not None:
+            dS = dS - self.e * rows.column(d_lse)
+        if d_g_lse is not None:
+            dS = dS + rows.p * rows.column(d_g_lse)
+        if d_g_entropy is not None:
+            dS = dS - rows.p * rows.log_p * rows.column(d_g_entropy)
+        if d_g_picked is not None:
+            dS = rows.place(dS, d_g_picked)
+        if rows.q is not None and dq is not None:
+            dS = dS + rows.column(self.g_picked) * dq * rows.w
+        if rows.q is not None and dw is not None:
+            dS = dS + rows.column(self.g_picked) * rows.q * dw
+        if d_g_wsum is not None:
+            dS = dS + rows.column(d_g_wsum) * rows.w
+        if self.g_wsum is not None and dw is not None:
+            dS = dS + rows.column(self.g_wsum) * dw
+        result, curvature = dS * rows.z1, self.curvature()
+        if curvature is not None and dx is not None:
+            result = result + curvature * dx.to(rows.dtype)
+        return rows.mask(result).to(rows.logits.dtype)
 
 
 def over_rows(terms: Tensor) -> Tensor:
@@ -163,13 +191,13 @@ def over_rows(terms: Tensor) -> Tensor:
 
 
 def gradient_vjp_by_blocks(tensors: tuple[Any, ...], spec: RowSpec, v: Tensor) -> list[Tensor | None]:
-    """`gradient_vjp`, where nothing will be differentiated again: block by block, with nothing else of v's size."""
+    """`Gradient.vjp`, where nothing will be differentiated again: block by block, with nothing else of v's size."""
     *per_row, class_weight = tensors
     found: list[Any] = [None] * len(tensors)
     A, B, _ = v.shape
     for rows in blocks(A, B, rows_of_block(v, CACHE_BYTES)):
         part = [None if tensor is None else tensor[rows] for tensor in per_row]
-        for i, grad in enumerate(gradient_vjp(*linearise((*part, class_weight), spec), v[rows])):
+        for i, grad in enumerate(Gradient((*part, class_weight), spec).vjp(v[rows])):
             if grad is None:
                 continue
             if i == len(per_row):
@@ -180,38 +208,3 @@ def gradient_vjp_by_blocks(tensors: tuple[Any, ...], spec: RowSpec, v: Tensor) -
                 found[i] = torch.empty_like(v, dtype=grad.dtype) if whole else grad.new_empty(A, B, *grad.shape[2:])
             found[i][rows] = grad
     return found
-
-
-def gradient_jvp(rows: RowTerms, gradient: Gradient, tangents: tuple[Tensor | None, ...]) -> Tensor:
-    """The tangent of dx from those of the arguments, in the order of `gradient_vjp`'s results."""
-    dx, dq, _, d_lse, d_g_lse, d_g_picked, d_g_wsum, d_g_entropy, dw = tangents
-    dS = torch.zeros_like(rows.z)
-    if dx is not None:
-        dS = dS + gradient.e * rows.z1 * dx.to(rows.dtype)
-    if d_lse is not None:
-        dS = dS - gradient.e * rows.column(d_lse)
-    if d_g_lse is not None:
-        dS = dS + rows.p * rows.column(d_g_lse)
-    if d_g_entropy is not None:
-        dS = dS - rows.p * rows.log_p * rows.column(d_g_entropy)
-    if d_g_picked is not None:
-        dS = rows.place(dS, d_g_picked)
-    if rows.q is not None and dq is not None:
-        dS = dS + rows.column(gradient.g_picked) * dq * rows.w
-    if rows.q is not None and dw is not None:
-        dS = dS + rows.column(gradient.g_picked) * rows.q * dw
-    if d_g_wsum is not None:
-        dS = dS + rows.column(d_g_wsum) * rows.w
-    if gradient.g_wsum is not None and dw is not None:
-        dS = dS + rows.column(gradient.g_wsum) * dw
-    result, curvature = dS * rows.z1, gradient.curvature()
-    if curvature is not None and dx is not None:
-        result = result + curvature * dx.to(rows.dtype)
-    return rows.mask(result).to(rows.logits.dtype)
-
-
-def linearise(tensors: tuple[Any, ...], spec: RowSpec) -> tuple[RowTerms, Gradient]:
-    """What `gradient_vjp` and `gradient_jvp` need, from the arguments of the gradient."""
-    logits, target, top, lse, *upstream, class_weight = tensors
-    rows = RowTerms(logits, target, top, lse, class_weight, spec)
-    return rows, Gradient(rows, Upstream(*upstream))

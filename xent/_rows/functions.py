@@ -37,16 +37,7 @@ from torch import Tensor
 from .. import _torch
 from .._records import Layout, RowSpec, Stats, Upstream, Wanted, has_candidates
 from . import operators
-from .derivatives import (
-    RowTerms,
-    coefficient_gradient,
-    gradient_jvp,
-    gradient_vjp,
-    gradient_vjp_by_blocks,
-    linearise,
-    over_rows,
-    stats_jvp,
-)
+from .derivatives import Gradient, RowTerms, coefficient_gradient, gradient_vjp_by_blocks, over_rows, stats_jvp
 
 
 def row_stats(
@@ -201,7 +192,7 @@ class RowGrad(torch.autograd.Function):
         (input, *rest), layout, spec = ctx.saved_tensors, ctx.layout, ctx.spec
         tensors, v = (layout.rows(input), *rest), layout.rows(v)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            d_logits, *others = gradient_vjp(*linearise(tensors, spec), v)
+            d_logits, *others = Gradient(tensors, spec).vjp(v)
             return layout.restore(d_logits, input.shape), *others, None, None
         d_logits, *others = gradient_vjp_by_blocks(tensors, spec, v)
         return layout.restore(d_logits, input.shape).data, *others, None, None  # as of `operators.row_gradient`
@@ -220,7 +211,7 @@ class RowGrad(torch.autograd.Function):
         input, *rest = ctx.saved_tensors
         _torch.refuse_nested_forward_mode(input)
         dx = None if dx is None else ctx.layout.rows(dx)
-        found = gradient_jvp(*linearise((ctx.layout.rows(input), *rest), ctx.spec), (dx, *tangents[:8]))
+        found = Gradient((ctx.layout.rows(input), *rest), ctx.spec).jvp((dx, *tangents[:8]))
         restored: Tensor = ctx.layout.restore(found, input.shape)
         return restored
 
