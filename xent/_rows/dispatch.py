@@ -117,8 +117,8 @@ def row_samples(
     if logits.numel() == 0:
         counts = logits.new_zeros(logits.shape[1], dtype=torch.int64)
         return Samples(counts, logits.new_empty(0, dtype=torch.int32), logits.new_empty(0, dtype=compute_dtype(logits)))
-    module = _with("row_samples", backend_for(logits, target))
-    return module.row_samples(logits, target, top, lse, uniform, spec, resolution)  # type: ignore[no-any-return]
+    run = _function("row_samples", logits, target)
+    return run(logits, target, top, lse, uniform, spec, resolution)  # type: ignore[no-any-return]
 
 
 def transpose(
@@ -128,8 +128,8 @@ def transpose(
 
     Those of a class keep the order of their rows.
     """
-    module = _with("transpose", backend_for(coefficient.view(1, 1, -1), ends.new_zeros(1, 1)))
-    return module.transpose(ends, classes, coefficient, C)  # type: ignore[no-any-return]
+    run = _function("transpose", coefficient.view(1, 1, -1), ends.new_zeros(1, 1))
+    return run(ends, classes, coefficient, C)  # type: ignore[no-any-return]
 
 
 def gather_sums(
@@ -145,22 +145,20 @@ def gather_sums(
     """
     if len(index) == 0 or rows.numel() == 0:
         return rows.new_zeros(len(ends), rows.shape[1], dtype=dtype)
-    module = _with("gather_sums", backend_for(rows[None], index[:1].expand(1, len(rows))))
-    return module.gather_sums(ends, index, coefficient, rows, dtype)  # type: ignore[no-any-return]
+    run = _function("gather_sums", rows[None], index[:1].expand(1, len(rows)))
+    return run(ends, index, coefficient, rows, dtype)  # type: ignore[no-any-return]
 
 
 def _function(name: str, logits: Tensor, target: Tensor) -> Callable[..., Any]:
-    """That of the backend; by way of `candidates` if it knows one class per row, and the target has several."""
-    if not has_candidates(target):
-        return getattr(backend_for(logits, target), name)  # type: ignore[no-any-return]
-    module = backend_for(logits, target[..., 0])
-    run = getattr(module, name)
-    return run if hasattr(module, "TAKES_CANDIDATES") else functools.partial(getattr(candidates, name), run)
+    """That of the backend, or of `eager` if it has none.
 
-
-def _with(primitive: str, module: ModuleType) -> ModuleType:
-    """The backend, or `eager` in its place."""
-    return module if hasattr(module, primitive) else load("eager")  # type: ignore[return-value]
+    By way of `candidates` if it knows one class per row, and the target has several.
+    """
+    several = has_candidates(target)
+    module = backend_for(logits, target[..., 0] if several else target)
+    run = getattr(module, name, None) or getattr(load("eager"), name)
+    aside = several and not hasattr(module, "TAKES_CANDIDATES")
+    return functools.partial(getattr(candidates, name), run) if aside else run
 
 
 def _no_logits(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted) -> Stats:

@@ -73,8 +73,7 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
     A, B, C = logits.shape
     ignore_index, scale, softcap, start, classes = spec
     soft = target.is_floating_point()
-    w = class_weight if soft or wanted.wsum else None
-    w = None if w is None else w.contiguous()
+    w = class_weight.contiguous() if class_weight is not None and (soft or wanted.wsum) else None
     config = replace(configure(logits, target, w, scale, softcap), **wanted._asdict())
     N, batch_size = A * B, B if config.side_by_side else batch(logits, target)
     programs = stretches(config, A, B)
@@ -118,8 +117,8 @@ def row_gradient(
     if out is None:
         out = torch.empty_like(logits)  # dense, in the same order of memory
     numbers = (top, lse, *upstream)
-    w = class_weight if target.is_floating_point() or upstream.wsum is not None else None
-    w = None if w is None else w.contiguous()
+    per_class = target.is_floating_point() or upstream.wsum is not None
+    w = class_weight.contiguous() if class_weight is not None and per_class else None
     config = configure(logits, target, w, scale, softcap, out)
     N, batch_size = A * B, B if config.side_by_side else batch(logits, out, target, *numbers)
     programs = stretches(config, A, B)
