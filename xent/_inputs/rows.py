@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,20 +25,13 @@ from .._records import Layout
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Batch(NamedTuple):
-    """A batch as the primitives read it."""
-
-    layout: Layout
-    target: Tensor  #  int64 or int32, or probabilities, in its own shape: see `Layout.targets`
-    soft: bool
-
-
 def read_batch(
     input: Tensor, target: Tensor, dim: int | None, ignore_index: int, candidates: bool = False, inplace: bool = False
-) -> Batch:
+) -> tuple[Layout, Tensor, bool]:
     """Check input and target against each other and find their rows; `inplace` allows no copy of the logits.
 
-    `candidates`: the target has K indices in the place of the classes.
+    `candidates`: the target has K indices in the place of the classes. Returns it in its own shape, as int64, int32 or
+    probabilities, and whether it is these.
     """
     for name, tensor in (("input", input), ("target", target)):
         if not isinstance(tensor, Tensor):
@@ -68,7 +60,7 @@ def read_batch(
             f"{strides} for shape {tuple(shape)}, classes in dimension {layout.axis}: "
             "the gradient cannot be written over them"
         )
-    return Batch(layout, target, soft)
+    return layout, target, soft
 
 
 def _layout(

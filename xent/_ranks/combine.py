@@ -29,7 +29,7 @@ from .exchange import exchange
 
 
 class Gathered(NamedTuple):
-    """What each rank knows after the exchange. Differentiable: `numbers`, of which this rank made its own row."""
+    """What `gather` finds. Differentiable: `numbers`, of which this rank made its own row."""
 
     numbers: Tensor  #      (R, k, A, B): each rank's statistics, packed; behind them w_y where there is a class weight
     #                       (picked and w_y of K candidates are K of these)
@@ -38,12 +38,8 @@ class Gathered(NamedTuple):
 
     @classmethod
     def unpack(cls, found: Sequence[Tensor]) -> Gathered:
-        """The inverse of `pack`."""
+        """From those that there are."""
         return cls(*found, *[None] * (3 - len(found)))
-
-    def pack(self) -> list[Tensor]:
-        """Those that there are."""
-        return [tensor for tensor in self if tensor is not None]
 
     def of_rank(
         self, rank: int, g: Tensor, target: Tensor, ignore_index: int, C: int, wanted: Wanted
@@ -66,8 +62,8 @@ def gather(
     held: tuple[int, torch.dtype],
     wanted: Wanted,
     local: Callable[[int, int, Tensor | None], Stats],
-) -> Gathered:
-    """The exchange, of the statistics of the classes held here, `local(start, total, class_weight)`.
+) -> list[Tensor]:
+    """`Gathered`, as far as it goes, from the statistics of the classes held here, `local(start, total, class_weight)`.
 
     `ignored`: the rows that do not count; None where all do. `held`: how many classes these are, and the dtype of their
     weights. A rank learns in the exchange which classes it holds, and may have to begin again: see `exchange`.
@@ -98,7 +94,7 @@ def gather(
     shape = (len(sizes), _count(target, weight is not None, wanted), *target.shape[:2])
     numbers = gathered[:, :-1].clone(memory_format=torch.contiguous_format).view(shape)
     ranks = torch.stack([gathered.new_tensor(sizes), gathered[:, -1]], 1)
-    return Gathered(numbers, ranks, parts[0] if parts else None)
+    return [numbers, ranks, *parts]
 
 
 def empty_gathered(

@@ -134,13 +134,8 @@ class Places:
             found, self.mesh, places, run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride()
         )
 
-    def add_divisor(
-        self, options: dict[str, Any], y: Tensor, positions: int, weight: Any, candidates: int | None = None
-    ) -> None:
-        """The normalizer as a plain tensor; where this rank has a part of the batch, that of the whole.
-
-        `candidates`: the dimension of the K indices of a position.
-        """
+    def add_divisor(self, options: dict[str, Any], y: Tensor, weight: Any, several: bool) -> None:
+        """The normalizer as a plain tensor; where this rank has a part of the batch, that of the whole."""
         given: Any = options.get("normalizer")
         if _is_dtensor(given):
             options["normalizer"] = given.full_tensor(grad_placements=self.scalar)
@@ -148,13 +143,14 @@ class Places:
             return
         dtype = statistics_dtype(y.device)
         if y.is_floating_point():
+            positions = y.shape[: self.axis].numel() * y.shape[self.axis + 1 :].numel()
             total = count = torch.tensor(positions, device=y.device)
         else:  # targets out of range are found later, by all ranks alike
             ignored = options.get("ignore_index")
             ignore_index = -100 if ignored is None else ignored
             counts = as_index(y, ignore_index) != ignore_index
-            total = count = counts.sum() if candidates is None else counts.any(candidates).sum()
-            if candidates is None and weight is not None:
+            total = count = (counts.any(self.axis) if several else counts).sum()
+            if weight is not None and not several:
                 w = weight.full_tensor() if _is_dtensor(weight) else weight
                 total = w.to(dtype)[y.long().clamp(0, len(w) - 1)].masked_fill(~counts, 0).sum()
         numbers = torch.stack([total.to(dtype), count.to(dtype)])
@@ -180,8 +176,7 @@ def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **option
     x = input.to_local(grad_placements=places.logits)
     weight = options.get("weight")
     y = places.target(target, soft, several, options)
-    positions = x.shape[:axis].numel() * x.shape[axis + 1 :].numel()
-    places.add_divisor(options, y, positions, weight, axis if several else None)
+    places.add_divisor(options, y, weight, several)
     return places.whole(function(x, y, **options, group=places.group))
 
 
@@ -223,6 +218,6 @@ def on_head(
     y = places.target(target, per_class and not several, several, options)
     shift = bool(options.get("shift"))
     counted = y[..., 1:, :] if per_class and shift else y[..., 1:] if shift else y
-    places.add_divisor(options, counted, counted.shape[:axis].numel(), weight, axis if several else None)
+    places.add_divisor(options, counted, weight, several)
     places.shape = torch.Size((*input.shape[: axis - shift], *[input.shape[axis - 1] - 1] * shift, len(linear_weight)))
     return places.whole(function(h, W, y, **options, group=places.group))

@@ -102,7 +102,7 @@ def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, group: str
     note = f"{layout.A * layout.B} rows of {input.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
     ignored = None if soft else target == ignore_index
     held = (input.shape[layout.axis], compute_dtype(input))
-    return gather(group, note, target, ignored, weight, held, wanted, local).pack()
+    return gather(group, note, target, ignored, weight, held, wanted, local)
 
 
 def _empty(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *options: Any) -> list[Tensor]:

@@ -106,7 +106,7 @@ def _statistics(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOp
     ignore_index, scale, softcap, *_ = options.spec
     note = f"{len(hidden)} rows of {hidden.shape[1]} {options.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
     held, ignored = (len(weight), options.weight_dtype), _ignored(target, options)
-    return gather(group, note, target[None], ignored, class_weight, held, options.wanted, local).pack() + entries
+    return gather(group, note, target[None], ignored, class_weight, held, options.wanted, local) + entries
 
 
 # ---------------------------------------------------------------------------------------------------- operators
