@@ -143,7 +143,7 @@ def cross_entropy(
         several = target_prob is not None
         layout, y, soft = rows.read_batch(input, target, dim, ignore_index, several, inplace_backward)
         if target_prob is not None:
-            rows.check_target_prob(target_prob, target)
+            options.check_target_prob(target_prob, target)
             target_prob = layout.rows(target_prob)
         options.check_weight(weight, input.shape[layout.axis], input, soft, sharded=group is not None)
         options.check_normalizer_device(normalizer, input)

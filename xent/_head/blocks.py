@@ -188,18 +188,17 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
     for block in blocks:
         stats = blocks.stats(block)
         terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
-        whole, ignore_index = (stats, terms), options.spec.ignore_index
+        whole, ignored = (stats, terms), options.spec.ignore_index
         if block.prob is not None:
-            whole = objective.of_candidates(stats, terms, block.target, block.prob, ignore_index)
+            whole = objective.of_candidates(stats, terms, block.target, block.prob, ignored)
         total += objective.row_losses(*whole, formula).sum() * factor
         if any(needs):
             upstream = objective.row_upstream(stats.top, stats.lse, whole[0].mass, whole[1], formula, g)
             if block.prob is None:
                 g_q = -upstream.picked * stats.lse if needs[3] else None  # of lse mass - picked
             else:
-                upstream, g_q = objective.candidate_upstream(
-                    upstream, stats, terms, block.target, block.prob, ignore_index
-                )
+                given = (stats, terms, block.target, block.prob, ignored)
+                upstream, g_q = objective.candidate_upstream(upstream, *given)
             grads.add(block, stats.top, stats.lse, upstream, g_q)
     return [total, *grads.found()]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import _torch
 from .._records import HeadRows
-from .rows import as_index, check_probabilities, check_target_prob
+from .options import check_target_prob
+from .rows import as_index, check_probabilities
 
 MAX_BYTES = 72 << 20  # of logits at a time: products of full speed, and no more than a few per cent of a training step
 

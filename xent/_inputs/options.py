@@ -146,19 +146,32 @@ def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool
     """
     if weight is None:
         return
-    check_tensor_or_none("weight", weight)
+    _check_tensor("weight", weight, logits, "input")
     if weight.shape != (classes,) and not (sharded and weight.dim() == 1):
         raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
-    if not weight.is_floating_point():
-        raise RuntimeError(f"weight: expected a floating dtype, got {weight.dtype}")
-    if weight.device != logits.device:
-        raise RuntimeError(f"weight: expected a tensor on {logits.device} like input, got one on {weight.device}")
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return
     if sharded:
         raise RuntimeError("weight: is not differentiated over a group and may not require grad; detach it")
     if not soft:
         raise RuntimeError("weight: is not differentiated with class indices and may not require grad; detach it")
+
+
+def check_target_prob(target_prob: Tensor, target: Tensor) -> None:
+    """One probability for each of the K indices of a position."""
+    _check_tensor("target_prob", target_prob, target, "target")
+    if target_prob.shape != target.shape:
+        raise ValueError(
+            f"target_prob: expected the shape of target, {tuple(target.shape)}, got {tuple(target_prob.shape)}"
+        )
+
+
+def _check_tensor(name: str, x: object, other: Tensor, whose: str) -> None:
+    check_tensor_or_none(name, x)
+    if not x.is_floating_point():
+        raise RuntimeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.device != other.device:
+        raise RuntimeError(f"{name}: expected a tensor on {other.device} like {whose}, got one on {x.device}")
 
 
 def _check_number(name: str, value: object) -> None:

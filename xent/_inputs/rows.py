@@ -104,20 +104,6 @@ def holds_candidates(input: Tensor, target: Tensor) -> bool:
     return tensors and target.dim() == input.dim() and not target.is_floating_point()
 
 
-def check_target_prob(target_prob: Tensor, target: Tensor) -> None:
-    """One probability for each of the K indices of a position."""
-    if not target_prob.is_floating_point():
-        raise RuntimeError(f"target_prob: expected a floating dtype, got {target_prob.dtype}")
-    if target_prob.shape != target.shape:
-        raise ValueError(
-            f"target_prob: expected the shape of target, {tuple(target.shape)}, got {tuple(target_prob.shape)}"
-        )
-    if target_prob.device != target.device:
-        raise RuntimeError(
-            f"target_prob: expected a tensor on {target.device} like target, got one on {target_prob.device}"
-        )
-
-
 def check_probabilities(target: Tensor, ignore_index: int) -> None:
     """A target distribution is floating, and no row of it is ignored."""
     if not target.is_floating_point():

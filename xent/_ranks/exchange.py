@@ -62,14 +62,13 @@ class Header(NamedTuple):
     def words(self) -> list[int]:
         """As HEADER integers."""
         text = self.text.encode()[: 8 * TEXT].ljust(8 * TEXT, b"\0")
-        return [self.code, self.need, self.classes, self.start, self.total, *array("q", text)]
+        return [*self[:NUMBERS], *array("q", text)]
 
     @classmethod
     def read(cls, words: list[int]) -> Header:
         """The inverse of `words`."""
-        code, need, classes, start, total, *text = words
-        letters = array("q", text).tobytes().rstrip(b"\0")
-        return cls(code, need, classes, start, total, letters.decode(errors="ignore"))
+        letters = array("q", words[NUMBERS:]).tobytes().rstrip(b"\0")
+        return cls(*words[:NUMBERS], letters.decode(errors="ignore"))
 
 
 class GroupState:

@@ -24,7 +24,7 @@ def losses(
     formula: Objective,
 ) -> tuple[Any, ...]:
     """The loss of logits and a target in their own shapes, of each row or reduced; the divisor; tensors to save."""
-    y, class_weight, terms = _of_rows(input, target, layout, weight, formula)
+    y, class_weight, terms = of_rows(input, target, layout, weight, formula)
     stats = dispatch.row_statistics(layout.rows(input), y, spec, formula.wanted, class_weight)
     value, divisor = objective.evaluate(stats, terms, y, normalizer, formula)
     return layout.shaped(value, input.shape), divisor, stats.top, stats.lse, stats.mass
@@ -33,16 +33,17 @@ def losses(
 def losses_gradient(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """The gradient of sum(g * losses) / divisor with respect to the raw logits, in their shape; or in their memory."""
     top, lse, mass, layout, weight, g, divisor, spec, formula, out = rest
-    y, class_weight, terms = _of_rows(input, target, layout, weight, formula)
+    y, class_weight, terms = of_rows(input, target, layout, weight, formula)
     share = (g.reshape(layout.A, layout.B) if g.dim() else g).to(lse.dtype)
     share = share if divisor is None else share / divisor
     upstream = objective.row_upstream(top, lse, mass, terms, formula, share)
     return operators.row_gradient(input, y, top, lse, upstream, class_weight, layout, spec, out is not None)
 
 
-def _of_rows(
+def of_rows(
     input: Tensor, target: Tensor, layout: Layout, weight: Tensor | None, formula: Objective
 ) -> tuple[Tensor, Tensor | None, objective.ClassTerms]:
+    """The target and the class weights as the primitives take them, and what the formula needs besides."""
     y = layout.targets(target, input.dim())
     class_weight = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
     return y, class_weight, objective.class_terms(y, weight, input.shape[layout.axis], formula)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Layout, Objective, RowSpec, compute_dtype, statistics_dtype
+from .._records import Layout, Objective, RowSpec, statistics_dtype
 from . import dispatch, objective
 from . import formula as by_objective
 from .functions import row_stats
@@ -57,13 +57,11 @@ def loss_by_graph(
 ) -> Tensor:
     """The same, differentiable any number of times in all its tensors."""
     layout, spec, formula, inplace = options
-    target = layout.targets(target, input.dim())
-    w = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
-    stats = row_stats(input, target, layout, spec, formula.wanted, w, inplace)
-    terms = objective.class_terms(target, weight, input.shape[layout.axis], formula)
+    y, w, terms = by_objective.of_rows(input, target, layout, weight, formula)
+    stats = row_stats(input, y, layout, spec, formula.wanted, w, inplace)
     if target_prob is not None:
-        stats, terms = objective.of_candidates(stats, terms, target, target_prob, spec.ignore_index)
-    return layout.shaped(objective.evaluate(stats, terms, target, normalizer, formula)[0], input.shape)
+        stats, terms = objective.of_candidates(stats, terms, y, target_prob, spec.ignore_index)
+    return layout.shaped(objective.evaluate(stats, terms, y, normalizer, formula)[0], input.shape)
 
 
 class Loss(torch.autograd.Function):
