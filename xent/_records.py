@@ -148,6 +148,7 @@ class HeadRows(NamedTuple):
     target: Tensor  #               (N,), (N, K) or (N, C)
     prob: Tensor | None  #          (N, K), what each of K classes counts in a loss
     class_weight: Tensor | None  #  (C,)
+    seed: Tensor | None = None  #   one number, of a sparse gradient
 
     @property
     def sources(self) -> tuple[Tensor | None, ...]:

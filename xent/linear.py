@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._head.blocks import HeadOptions
-from ._head.functions import draw_seed, head_stats, loss_by_gradient
+from ._head.functions import head_stats, loss_by_gradient, with_seed
 from ._inputs import options
 from ._inputs.head import LinearRows, check_max_bytes, to_linear_rows
 from ._inputs.options import overridable
@@ -16,7 +16,7 @@ from ._inputs.rows import holds_candidates, result_dtype
 from ._ranks.dtensor import distributed, on_head
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.head import rank_head_stats
-from ._records import HeadRows, Objective, RowSpec, Wanted
+from ._records import Objective, RowSpec, Wanted
 from ._rows import objective
 from .functional import TokenStats
 
@@ -152,28 +152,24 @@ def linear_cross_entropy(
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
     spec = RowSpec(ignore, logit_scale, softcap)
     settings = HeadOptions(spec, rows.dtype, budget, rows.shift, formula.wanted, formula, grad_resolution)
-    heads = [(head, draw_seed(grad_resolution, input.device, generator)) for head in rows.heads]
+    rows = rows._replace(heads=[with_seed(head, grad_resolution, generator) for head in rows.heads])
     if group is not None or reduction == "none":
-        return _by_rows(rows, heads, settings, normalizer, group)
-    return loss_by_gradient(rows, heads, settings, normalizer)
+        return _by_rows(rows, settings, normalizer, group)
+    return loss_by_gradient(rows, settings, normalizer)
 
 
 def _by_rows(
-    rows: LinearRows,
-    heads: list[tuple[HeadRows, Tensor | None]],
-    settings: HeadOptions,
-    normalizer: float | Tensor | None,
-    group: ProcessGroup | None,
+    rows: LinearRows, settings: HeadOptions, normalizer: float | Tensor | None, group: ProcessGroup | None
 ) -> Tensor:
     """The loss of each row from its statistics, whose gradient is known in backward only: four products."""
     losses, formula = [], settings.formula
-    for head, seed in heads:
+    for head in rows.heads:
         q, head = head.prob, head._replace(prob=None)
         if group is None:
-            stats = head_stats(head, seed, settings)
+            stats = head_stats(head, settings)
             terms = objective.class_terms(head.target[None], head.class_weight, len(head.weight), formula)
         else:
-            stats, terms = rank_head_stats(head, seed, settings, group)
+            stats, terms = rank_head_stats(head, settings, group)
         if q is not None:
             stats, terms = objective.of_candidates(stats, terms, head.target[None], q[None], formula.ignore_index)
         losses.append(objective.row_losses(stats, terms, formula)[0])
@@ -267,9 +263,9 @@ def linear_token_stats(
     spec = RowSpec(ignore_index, logit_scale, softcap)
     wanted = Wanted(False, entropy, prediction)
     settings = HeadOptions(spec, rows.dtype, budget, rows.shift, wanted, resolution=grad_resolution)
-    seed = draw_seed(grad_resolution, input.device, generator)
+    head = with_seed(head, grad_resolution, generator)
     if group is None:
-        stats = head_stats(head, seed, settings)
+        stats = head_stats(head, settings)
     else:
-        stats, _ = rank_head_stats(head, seed, settings, group)
+        stats, _ = rank_head_stats(head, settings, group)
     return TokenStats._of(stats, y[None], ignore_index, settings.weight_dtype, rows.shaped)

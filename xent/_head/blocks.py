@@ -74,7 +74,7 @@ class Blocks:
 
     def __init__(self, rows: HeadRows, options: HeadOptions) -> None:
         """All floating tensors but probabilities are cast to the products' dtype."""
-        hidden, weight, bias, target, self.prob, _ = rows
+        hidden, weight, bias, target, self.prob, *_ = rows
         self.hidden, self.target, self.options = hidden, target, options
         self.weight, self.bias = weight.to(options.dtype), None if bias is None else bias.to(options.dtype)
         self.class_weight = options.class_weight(rows)

@@ -52,7 +52,7 @@ def uniform(seed: Tensor, rows: Tensor) -> Tensor:
 
 
 @in_their_dtypes
-def stats_of(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+def stats_of(rows: HeadRows, factor: Tensor | None, options: HeadOptions) -> list[Tensor]:
     """The statistics that are wanted, (1, N) each; for a row that is left out what the primitives say of one.
 
     With a factor the loss of `loss_and_grads` comes before them, with a seed the `Entries` come behind them.
@@ -71,12 +71,12 @@ def stats_of(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options
         if factor is not None:
             terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
             total[0] += objective.row_losses(stats, terms, formula).sum() * factor
-        if seed is not None:
-            u, r = uniform(seed, numbers[block.rows]), options.resolution or 0
+        if rows.seed is not None:
+            u, r = uniform(rows.seed, numbers[block.rows]), options.resolution or 0
             samples = dispatch.row_samples(block.logits, block.target, stats.top, stats.lse, u, options.spec, r)
             counts[block.rows] = samples.counts
             parts.append(samples)
-    if seed is None:
+    if rows.seed is None:
         return [*total, *found]
     del blocks, block  # the buffer of logits, before the entries are there twice for a moment
     return [*total, *found, counts.cumsum(0), torch.cat([p.classes for p in parts]), torch.cat([p.p for p in parts])]

@@ -33,23 +33,19 @@ BATCHED_SPARSE = "is_grads_batched=True of a linear head with a sparse gradient;
 NO_ENTRIES = Entries(None, None, None)  # type: ignore[arg-type]
 
 
-def draw_seed(resolution: float | None, device: torch.device, generator: torch.Generator | None) -> Tensor | None:
-    """For a sparse gradient, one number of the caller's generator, or of the device's own.
+def with_seed(rows: HeadRows, resolution: float | None, generator: torch.Generator | None) -> HeadRows:
+    """For a sparse gradient, with a number of the caller's generator, or of the device's own.
 
     It is drawn whether a gradient is wanted or not: so what is drawn later does not depend on that.
     """
     if resolution is None:
-        return None
+        return rows
+    device = rows.hidden.device
     source = device if generator is None else generator.device
-    return torch.randint(SEED, (), device=source, generator=generator).to(device)
+    return rows._replace(seed=torch.randint(SEED, (), device=source, generator=generator).to(device))
 
 
-def loss_by_gradient(
-    rows: LinearRows,
-    heads: list[tuple[HeadRows, Tensor | None]],
-    settings: HeadOptions,
-    normalizer: float | Tensor | None,
-) -> Tensor:
+def loss_by_gradient(rows: LinearRows, settings: HeadOptions, normalizer: float | Tensor | None) -> Tensor:
     """The loss of all rows, each block's gradient beside it: three products."""
     targets, first, row_weight, formula = rows.targets, rows.heads[0], None, settings.formula
     if first.class_weight is not None and targets.dim() == 1:
@@ -61,23 +57,24 @@ def loss_by_gradient(
     else:
         divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
     factor = 1 / divisor.detach()
-    total = torch.stack([head_loss(head, factor, seed, settings) for head, seed in heads]).sum()
+    total = torch.stack([head_loss(head, factor, settings) for head in rows.heads]).sum()
     if divisor.requires_grad:
         total = total * (divisor.detach() / divisor)
     return total.to(formula.dtype)
 
 
-def head_loss(rows: HeadRows, factor: Tensor, seed: Tensor | None, options: HeadOptions) -> Tensor:
+def head_loss(rows: HeadRows, factor: Tensor, options: HeadOptions) -> Tensor:
     """factor * sum_n loss_n (0-d, in the statistics' dtype); with a seed, its gradient is sparse."""
     needs = _needs(rows)
-    if seed is not None and any(needs):
-        return apply("head_statistics", HeadStats, rows, factor, seed, options)[0]  # type: ignore[no-any-return]
+    if rows.seed is not None and any(needs):
+        return apply("head_statistics", HeadStats, rows, factor, options)[0]  # type: ignore[no-any-return]
     return apply("head_loss", HeadLoss, rows, factor, options, needs)[0]  # type: ignore[no-any-return]
 
 
-def head_stats(rows: HeadRows, seed: Tensor | None, options: HeadOptions) -> Stats:
+def head_stats(rows: HeadRows, options: HeadOptions) -> Stats:
     """Differentiable `Stats`, (1, N) each; with a seed, their gradient is sparse."""
-    found = apply("head_statistics", HeadStats, rows, None, seed if any(_needs(rows)) else None, options)
+    rows = rows if any(_needs(rows)) else rows._replace(seed=None)
+    found = apply("head_statistics", HeadStats, rows, None, options)
     return options.wanted.unpack(found, rows.target.is_floating_point())
 
 
@@ -119,7 +116,7 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 9
+            return (None,) * 10
         if any(wanted and dtype is None for wanted, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)):
             raise RuntimeError(
                 "a linear head with its loss computes its gradients in forward, and this graph was traced for tensors "
@@ -130,7 +127,7 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
         if ctx.unscaled:
             g = g * torch.where(factor.isinf(), 0, factor)  # 1 / 0 where no row counts
         found = [None if dtype is None else _scaled(next(left), g, dtype, sources) for dtype in ctx.dtypes]
-        return *found, *[None] * 4
+        return *found, *[None] * 5
 
 
 def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype, sources: Sequence[Tensor | None]) -> Tensor | None:
@@ -149,15 +146,15 @@ class HeadStats(NoTransforms, torch.autograd.Function):
 
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, ...]:
-        rows, (factor, seed, options) = HeadRows.split(flat)
-        return tuple(run("head_statistics", stats_of, rows, factor, seed, options))
+        rows, (factor, options) = HeadRows.split(flat)
+        return tuple(run("head_statistics", stats_of, rows, factor, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, (factor, seed, ctx.options) = HeadRows.split(inputs)
+        rows, (factor, ctx.options) = HeadRows.split(inputs)
         found = output if factor is None else output[1:]
         stats = ctx.options.wanted.unpack(found, rows.target.is_floating_point())
-        entries = NO_ENTRIES if seed is None else output[-3:]
+        entries = NO_ENTRIES if rows.seed is None else output[-3:]
         constants = (stats.top, stats.argmax, *entries) if factor is None else found
         ctx.mark_non_differentiable(*[constant for constant in constants if constant is not None])
         ctx.set_materialize_grads(False)
@@ -206,17 +203,17 @@ def stats_backward(
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-def with_room(found: list[Tensor], rows: HeadRows, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+def with_room(found: list[Tensor], rows: HeadRows, options: HeadOptions) -> list[Tensor]:
     """The same; where there is a seed, with zeros behind the entries: of the size that `empty_entries` says."""
-    if seed is not None:
+    if rows.seed is not None:
         size = _capacity(rows, options)
         found[-2:] = [torch.cat([part, part.new_zeros(size - len(part))]) for part in found[-2:]]
     return found
 
 
-def empty_entries(rows: HeadRows, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+def empty_entries(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
     """`Entries` without numbers, where there is a seed: what a fake operator returns."""
-    if seed is None:
+    if rows.seed is None:
         return []
     size, hidden = _capacity(rows, options), rows.hidden
     shapes = ((len(hidden), torch.int64), (size, torch.int32), (size, compute_dtype(hidden)))
@@ -229,19 +226,19 @@ def _capacity(rows: HeadRows, options: HeadOptions) -> int:
     return len(rows.hidden) * torch.sym_min(len(rows.weight), per_row)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _statistics(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
-    return with_room(stats_of(rows, factor, seed, options), rows, seed, options)
+def _statistics(rows: HeadRows, factor: Tensor | None, options: HeadOptions) -> list[Tensor]:
+    return with_room(stats_of(rows, factor, options), rows, options)
 
 
-def _empty_statistics(rows: HeadRows, factor: Tensor | None, seed: Tensor | None, options: HeadOptions) -> list[Tensor]:
+def _empty_statistics(rows: HeadRows, factor: Tensor | None, options: HeadOptions) -> list[Tensor]:
     total = [] if factor is None else [torch.empty_like(factor)]
     stats = options.wanted.empty(rows.hidden[None], rows.target[None])
-    return [*total, *stats, *empty_entries(rows, seed, options)]
+    return [*total, *stats, *empty_entries(rows, options)]
 
 
 def _empty_loss(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Needs) -> list[Tensor]:
     """The gradients as the blocks make them."""
-    hidden, weight, _, target, prob, _ = rows
+    hidden, weight, _, target, prob, *_ = rows
     q = target if prob is None else prob
     made = (
         (hidden.shape, options.dtype),
@@ -269,9 +266,8 @@ FIELDS[Stats] = tuple(f"Tensor{'?' * (i > 2)} stats_{name}" for i, name in enume
 FIELDS[Entries] = tuple(f"Tensor? entry_{name}" for name in Entries._fields)
 _LOSS = (HeadRows, "Tensor factor", HeadOptions, "bool[] needs")
 _GRADIENTS = (HeadRows, Stats, Entries, Upstream, "Tensor? g_mass", HeadOptions, "bool[] needs")
-STATISTICS = (HeadRows, "Tensor? factor", "Tensor? seed", HeadOptions)
 define("head_loss", _LOSS, "Tensor[]", loss_and_grads, _empty_loss)
-define("head_statistics", STATISTICS, "Tensor[]", _statistics, _empty_statistics)
+define("head_statistics", (HeadRows, "Tensor? factor", HeadOptions), "Tensor[]", _statistics, _empty_statistics)
 define("head_gradients", _GRADIENTS, "Tensor[]", stats_grads, _empty_gradients)
 differentiate("head_loss", HeadLoss)
 differentiate("head_statistics", HeadStats)

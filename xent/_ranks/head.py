@@ -28,12 +28,10 @@ from .._rows.operators import apply, define, differentiate, run
 from .combine import Gathered, combine, empty_gathered, gather
 
 
-def rank_head_stats(
-    rows: HeadRows, seed: Tensor | None, options: HeadOptions, group: ProcessGroup
-) -> tuple[Stats, ClassTerms]:
+def rank_head_stats(rows: HeadRows, options: HeadOptions, group: ProcessGroup) -> tuple[Stats, ClassTerms]:
     """Differentiable `Stats` over the classes of all ranks, from the rows and this rank's part of the head."""
-    found = apply("rank_head_statistics", RankHeadStats, rows, seed, group.group_name, options)
-    gathered, weighted = Gathered.unpack(found[: len(found) - _entries(seed)]), rows.class_weight is not None
+    found = apply("rank_head_statistics", RankHeadStats, rows, group.group_name, options)
+    gathered, weighted = Gathered.unpack(found[: len(found) - _entries(rows)]), rows.class_weight is not None
     return combine(gathered, rows.target[None], _ignored(rows.target, options), weighted, options.wanted)
 
 
@@ -45,15 +43,15 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
 
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, ...]:
-        rows, (seed, group, options) = HeadRows.split(flat)
-        return tuple(run("rank_head_statistics", _statistics, rows, seed, group, options))
+        rows, (group, options) = HeadRows.split(flat)
+        return tuple(run("rank_head_statistics", _statistics, rows, group, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, (seed, ctx.group, ctx.options) = HeadRows.split(inputs)
+        rows, (ctx.group, ctx.options) = HeadRows.split(inputs)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        count = len(output) - _entries(seed)
+        count = len(output) - _entries(rows)
         saved = rows._replace(class_weight=None)  # in `Gathered`: the part of the classes held here
         ctx.save_for_backward(*saved, *Gathered.unpack(output[:count]), *(output[count:] or NO_ENTRIES))
 
@@ -77,9 +75,9 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         return *[once_differentiable(grad, rows.sources, GONE) for grad in grads], *[None] * 4
 
 
-def _entries(seed: Tensor | None) -> int:
+def _entries(rows: HeadRows) -> int:
     """How many tensors come after those of `Gathered`."""
-    return 0 if seed is None else 3
+    return 0 if rows.seed is None else 3
 
 
 def _ignored(target: Tensor, options: HeadOptions) -> Tensor | None:
@@ -91,16 +89,16 @@ def _ignored(target: Tensor, options: HeadOptions) -> Tensor | None:
     return None
 
 
-def _statistics(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOptions) -> list[Tensor]:
+def _statistics(rows: HeadRows, group: str, options: HeadOptions) -> list[Tensor]:
     entries: list[Tensor] = []
-    hidden, weight, _, target, _, class_weight = rows
+    hidden, weight, _, target, _, class_weight, seed = rows
 
     def local(start: int, total: int, part: Tensor | None) -> Stats:
         own = options._replace(spec=options.spec._replace(start=start, classes=total))
-        here = rows._replace(class_weight=part)
         # All ranks draw the same seed, and each needs another one.
-        found = stats_of(here, None, None if seed is None else seed + start, own)
-        entries[:] = found[len(found) - _entries(seed) :]
+        here = rows._replace(class_weight=part, seed=None if seed is None else seed + start)
+        found = stats_of(here, None, own)
+        entries[:] = found[len(found) - _entries(rows) :]
         return options.wanted.unpack(found, target.is_floating_point())
 
     ignore_index, scale, softcap, *_ = options.spec
@@ -112,17 +110,16 @@ def _statistics(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOp
 # ---------------------------------------------------------------------------------------------------- operators
 
 
-def _padded(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOptions) -> list[Tensor]:
-    return with_room(_statistics(rows, seed, group, options), rows, seed, options)
+def _padded(rows: HeadRows, group: str, options: HeadOptions) -> list[Tensor]:
+    return with_room(_statistics(rows, group, options), rows, options)
 
 
-def _empty(rows: HeadRows, seed: Tensor | None, group: str, options: HeadOptions) -> list[Tensor]:
+def _empty(rows: HeadRows, group: str, options: HeadOptions) -> list[Tensor]:
     held, weighted = (len(rows.weight), options.weight_dtype), rows.class_weight is not None
     ranks = _torch.process_group(group).size()
     found = empty_gathered(rows.target[None], held, weighted, ranks, options.wanted)
-    return found + empty_entries(rows, seed, options)
+    return found + empty_entries(rows, options)
 
 
-_ROWS = (HeadRows, "Tensor? seed", "str group", HeadOptions)
-define("rank_head_statistics", _ROWS, "Tensor[]", _padded, _empty)
+define("rank_head_statistics", (HeadRows, "str group", HeadOptions), "Tensor[]", _padded, _empty)
 differentiate("rank_head_statistics", RankHeadStats)

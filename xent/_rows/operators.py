@@ -25,7 +25,7 @@ FIELDS: dict[type, tuple[Any, ...]] = {
     Upstream: ("Tensor g_lse", "Tensor g_picked", "Tensor? g_wsum", "Tensor? g_entropy"),
     HeadRows: (
         *("Tensor hidden", "Tensor weight", "Tensor? bias"),
-        *("Tensor target", "Tensor? prob", "Tensor? class_weight"),
+        *("Tensor target", "Tensor? prob", "Tensor? class_weight", "Tensor? seed"),
     ),
 }
 PARAMETERS: dict[str, tuple[Any, ...]] = {}  # of each operator: records, or types and names

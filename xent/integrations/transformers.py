@@ -116,26 +116,17 @@ def _causal_loss(
     if given is None:
         raise ValueError("labels: expected labels or shift_labels, got neither")
     given = given.to(logits.device)
-    normalizer = _normalizer(num_items_in_batch, logits.device)
+    options = _options(ignore_index, num_items_in_batch, logits.device)
     if isinstance(logits, HeadOutput):
         scale, softcap = logits.transform()
         if softcap is not None and not 0 < softcap < math.inf:
             raise missing(f"a tanh multiplied by {softcap}")
-        loss = functools.partial(
-            linear_cross_entropy,
-            target=given,
-            ignore_index=ignore_index,
-            normalizer=normalizer,
-            softcap=softcap,
-            logit_scale=scale,
-            shift=shift_labels is None,
-            loss_dtype=torch.float32,
-            grad_resolution=logits.grad_resolution,
-        )
+        options |= {"softcap": softcap, "logit_scale": scale, "grad_resolution": logits.grad_resolution}
+        loss = functools.partial(linear_cross_entropy, target=given, shift=shift_labels is None, **options)
         return logits.head(logits.hidden, loss)  # type: ignore[no-any-return]
     if shift_labels is None:  # the labels move, not the logits: a slice of them in T is not rows and would be copied
         given = nn.functional.pad(given, (0, 1), value=ignore_index)[..., 1:]
-    return _loss(logits, given, ignore_index, normalizer)
+    return _loss(logits, given, options)
 
 
 def _masked_loss(
@@ -147,18 +138,18 @@ def _masked_loss(
     **kwargs: object,
 ) -> Tensor:
     """The loss of the masked tokens, each at its own place."""
-    normalizer = _normalizer(num_items_in_batch, logits.device)
-    return _loss(logits, labels.to(logits.device), ignore_index, normalizer)
+    options = _options(ignore_index, num_items_in_batch, logits.device)
+    return _loss(logits, labels.to(logits.device), options)
 
 
-def _loss(logits: Tensor, labels: Tensor, ignore_index: int, normalizer: Tensor | float | None) -> Tensor:
-    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    return cross_entropy(logits, labels, ignore_index=ignore_index, normalizer=normalizer, loss_dtype=torch.float32)
+def _loss(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), **options)
 
 
-def _normalizer(num_items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
-    """A number or a 0-d tensor beside the logits; under DataParallel the Trainer gives each replica a tensor (1,)."""
-    return num_items.reshape(()).to(device) if isinstance(num_items, Tensor) else num_items
+def _options(ignore_index: int, num_items: Tensor | float | None, device: torch.device) -> dict[str, Any]:
+    if isinstance(num_items, Tensor):  # under DataParallel the Trainer gives each replica a tensor (1,)
+        num_items = num_items.reshape(()).to(device)
+    return {"ignore_index": ignore_index, "normalizer": num_items, "loss_dtype": torch.float32}
 
 
 LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {ForCausalLMLoss: _causal_loss, ForMaskedLMLoss: _masked_loss}
