@@ -18,7 +18,6 @@ from . import advise_huge_pages, blocks, check_range, rows_of_block, scores, slo
 
 CACHE_BYTES = 4 << 20  # of scores per block: in a third-level cache, and so many that operations outlast their calls
 
-
 ABOUT = "torch operations on blocks of rows, for any device and dtype"
 
 

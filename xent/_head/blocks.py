@@ -108,8 +108,7 @@ class Blocks:
 
     def stats(self, block: Block) -> Stats:
         """The statistics of a block, each (1, n)."""
-        x, options = block.logits, self.options
-        layout = Layout(2, *x.shape[:2])
+        x, layout, options = block.logits, Layout(2, *block.target.shape[:2]), self.options
         return operators.row_statistics(x, block.target, layout, options.spec, options.wanted, self.class_weight)
 
 

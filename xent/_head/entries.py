@@ -1,4 +1,4 @@
-"""An unbiased sparse gradient of a linear head: the loss for its forward product, and a little for backward.
+"""The statistics of all rows of a linear head, and their gradient: exact, or sparse and unbiased.
 
 With P the softmax of all rows, dh = G W and dW = G^T h multiply by
 
@@ -94,12 +94,11 @@ def stats_grads(
 ) -> list[Tensor]:
     """Those gradients of `HeadRows.sources` that are wanted, each in its tensor's dtype; with entries, sparse."""
     tensors = [t for t, needed in zip(rows.sources, needs, strict=True) if needed and t is not None]
-    sparse = entries.ends is not None
-    exact: list[Tensor] = []
-    if not sparse or rows.target.is_floating_point():
-        if sparse:  # all but p is dense: it takes its products, and the logits once more
-            rest = Upstream(torch.zeros_like(upstream.lse), upstream.picked, upstream.wsum)
-        exact = exact_grads(rows, stats, rest if sparse else upstream, g_mass, options, needs)
+    sparse, rest = entries.ends is not None, upstream
+    if sparse:  # of probabilities all but p is dense: it takes its products, and the logits once more
+        rest = Upstream(torch.zeros_like(upstream.lse), upstream.picked, upstream.wsum)
+    dense = not sparse or rows.target.is_floating_point()
+    exact = exact_grads(rows, stats, rest, g_mass, options, needs) if dense else []
     found = _sparse_part(rows, stats, entries, upstream, options, needs) if sparse else []
     for part, other in zip(found, exact, strict=False):
         part += other

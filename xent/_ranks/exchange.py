@@ -43,9 +43,7 @@ LEAST = 1024  # words: no message is shorter, and the first one is no longer
 MEMORY = 64  # gathers whose longest message is the length of the next
 PATIENCE = 5.0  # seconds to wait for the other ranks' reports, once the transport has failed
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
-
 ALONE = nullcontext()
-
 Compute = Callable[[int, int], list[Tensor]]
 
 

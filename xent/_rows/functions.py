@@ -102,8 +102,7 @@ class RowStats(torch.autograd.Function):
         input, layout = fold_input(info.batch_size, in_dims[0], args[0], args[3])
         (target,) = fold(info.batch_size, in_dims[1:2], args[1:2])
         found = RowStats.apply(input, target, args[2], layout, *args[4:])  # type: ignore[no-untyped-call]
-        shape = (info.batch_size, args[3].A)
-        return tuple(stat.unflatten(0, shape) for stat in found), (0,) * len(found)
+        return tuple(stat.unflatten(0, (info.batch_size, args[3].A)) for stat in found), (0,) * len(found)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dq: Tensor | None, dw: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
