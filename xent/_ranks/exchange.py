@@ -23,6 +23,7 @@ sizes, and leave the others alone in the gather that they repeat. Only a message
 
 from __future__ import annotations
 
+import functools
 import time
 from array import array
 from collections import deque
@@ -60,13 +61,14 @@ class Header(NamedTuple):
     def words(self) -> list[int]:
         """As HEADER integers."""
         text = self.text.encode()[: 8 * TEXT].ljust(8 * TEXT, b"\0")
-        return [*self[:NUMBERS], *array("q", text)]
+        return [self.code, self.need, self.classes, self.start, self.total, *array("q", text)]
 
     @classmethod
     def read(cls, words: list[int]) -> Header:
         """The inverse of `words`."""
-        letters = array("q", words[NUMBERS:]).tobytes().rstrip(b"\0")
-        return cls(*words[:NUMBERS], letters.decode(errors="ignore"))
+        code, need, classes, start, total, *text = words
+        letters = array("q", text).tobytes().rstrip(b"\0")
+        return cls(code, need, classes, start, total, letters.decode(errors="ignore"))
 
 
 class GroupState:
@@ -136,12 +138,12 @@ def _report_failure(group: ProcessGroup, input: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failure = error  # which Python forgets at the end of this block
+        device = input.device if isinstance(input, Tensor) else torch.device("cpu")
+        exchange(group, -1, "", device, functools.partial(_fail, error))
 
-        def fail(start: int, total: int) -> NoReturn:
-            raise failure
 
-        exchange(group, -1, "", input.device if isinstance(input, Tensor) else torch.device("cpu"), fail)
+def _fail(error: Exception, start: int, total: int) -> NoReturn:
+    raise error
 
 
 def _attempt(compute: Compute, start: int, total: int) -> tuple[list[Tensor], Exception | None]:
