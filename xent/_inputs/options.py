@@ -166,7 +166,7 @@ def check_target_prob(target_prob: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_tensor(name: str, x: object, other: Tensor, whose: str) -> None:
+def _check_tensor(name: str, x: Tensor, other: Tensor, whose: str) -> None:
     check_tensor_or_none(name, x)
     if not x.is_floating_point():
         raise RuntimeError(f"{name}: expected a floating dtype, got {x.dtype}")
