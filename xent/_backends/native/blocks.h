@@ -36,10 +36,27 @@ LOOP void add_probabilities(const Call& c, Lanes<F> z, int64_t row, int rows, in
     for (int i = 0; i < n; ++i) add_products(q[i], w ? w + i : nullptr, z[i], rows, base, all.mass, all.picked);
 }
 
+constexpr int FEW = 8;  // classes that are compared with the targets in less time than numbers are looked up
+
+// y - at, exact where it is small; elsewhere nothing small, perhaps NaN. (The digits of 2^52 + i are those of i.)
+template <class F>
+LOOP void differences(const int64_t* y, int64_t at, int rows, F* out) {
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) out[k] = F(bits<double>(uint64_t(y[k] - at) | bits<uint64_t>(0x1p52)) - 0x1p52);
+}
+
 // The numbers of the targets among n classes from `at` on. Without a branch, since some targets may be elsewhere.
 template <class F>
 LOOP void pick(Lanes<F> z, int n, int rows, const int64_t* y, int64_t at, F* picked) {
-    for (int k = 0; k < rows; ++k) {
+    F own[WIDTH];
+    if (n <= FEW) differences(y, at, rows, own);
+    for (int i = 0; i < n && n <= FEW; ++i) {
+        const F* z_i = z[i];
+        const F c = F(i);
+#pragma omp simd
+        for (int k = 0; k < rows; ++k) picked[k] = own[k] == c ? z_i[k] : picked[k];
+    }
+    for (int k = 0; k < rows && n > FEW; ++k) {
         const uint64_t i = uint64_t(y[k] - at), end = uint64_t(n);
         const F value = z[int64_t(i < end ? i : 0)][k];
         picked[k] = i < end ? value : picked[k];
@@ -48,8 +65,15 @@ LOOP void pick(Lanes<F> z, int n, int rows, const int64_t* y, int64_t at, F* pic
 
 template <class F>
 LOOP void put(const F* value, int n, int rows, const int64_t* y, int64_t at, Lanes<F> d) {
-    F nowhere;
-    for (int k = 0; k < rows; ++k) {
+    F nowhere, own[WIDTH];
+    if (n <= FEW) differences(y, at, rows, own);
+    for (int i = 0; i < n && n <= FEW; ++i) {
+        F* d_i = d[i];
+        const F c = F(i);
+#pragma omp simd
+        for (int k = 0; k < rows; ++k) d_i[k] = own[k] == c ? value[k] : d_i[k];
+    }
+    for (int k = 0; k < rows && n > FEW; ++k) {
         const uint64_t i = uint64_t(y[k] - at), end = uint64_t(n);
         *(i < end ? d[int64_t(i)] + k : &nowhere) = value[k];
     }
