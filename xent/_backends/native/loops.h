@@ -175,33 +175,41 @@ INLINE void dot(const F* q, const F* w, const F* z, int n, double base, double& 
 
 // d = e^t (a - h t) with t = z - top; see `write_gradient` for a and h, and `sum_exp` for the prefetch.
 // By way of `p`, since d may lie over z, and a compiler that cannot rule that out leaves the loop as it is.
-template <bool TILT, class F>
+template <bool TILT, int N, class F>
 INLINE void softmax_of_lanes(F top, F a, F h, F* p) {
 #pragma omp simd
-    for (int k = 0; k < LANES; ++k) {
+    for (int k = 0; k < N; ++k) {
         const F t = p[k] - top, e = exponential(t);
         p[k] = TILT ? e * (a - h * (t < -1000 ? -1000 : t)) : e * a;
     }
 }
 
+template <bool TILT, int N, class F>
+INLINE void softmax_of_vector(const F* z, F top, F a, F h, F* d) {
+    F p[N];
+    for (int k = 0; k < N; ++k) p[k] = z[k];
+    softmax_of_lanes<TILT, N>(top, a, h, p);
+    for (int k = 0; k < N; ++k) d[k] = p[k];
+}
+
 template <bool TILT, class F>
 LOOP void softmax(const F* z, int n, F top, F a, F h, F* d, const char* logits, int size) {
     // What is left over is the end of one more vector that overlaps the last one: read before d is written over it.
-    const bool left = n % LANES != 0, few = n < LANES;
-    const int64_t first = few ? 0 : n - LANES;
-    F last[LANES] = {};
+    constexpr int HALF = LANES / 2;
+    const bool few = n < HALF;
+    const int64_t first = few ? 0 : n - HALF;
+    F last[HALF] = {};
     for (int k = 0; few && k < n; ++k) last[k] = z[k];
-    for (int k = 0; !few && k < LANES; ++k) last[k] = (z + first)[k];
-    for (int64_t i = 0; i + LANES <= n; i += LANES) {
+    for (int k = 0; !few && k < HALF; ++k) last[k] = (z + first)[k];
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
         PREFETCH(logits + i * size + AHEAD, 2);
-        F p[LANES];
-        for (int k = 0; k < LANES; ++k) p[k] = z[i + k];
-        softmax_of_lanes<TILT>(top, a, h, p);
-        for (int k = 0; k < LANES; ++k) d[i + k] = p[k];
+        softmax_of_vector<TILT, LANES>(z + i, top, a, h, d + i);
     }
-    if (left) softmax_of_lanes<TILT>(top, a, h, last);
+    for (; i + HALF <= n; i += HALF) softmax_of_vector<TILT, HALF>(z + i, top, a, h, d + i);
+    if (i < n) softmax_of_lanes<TILT, HALF>(top, a, h, last);
     for (int k = 0; few && k < n; ++k) d[k] = last[k];
-    for (int k = 0; left && !few && k < LANES; ++k) (d + first)[k] = last[k];
+    for (int k = 0; i < n && !few && k < HALF; ++k) (d + first)[k] = last[k];
 }
 
 template <class F>
