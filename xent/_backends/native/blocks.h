@@ -91,10 +91,9 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
     const int step = classes_of_tile(rows);
     for (int64_t at = begin; at < end; at += step) {
         const int n = end - at < step ? int(end - at) : step;
-        const Lanes<F> z = load<T>(c.logits, row, rows, at, n, F(c.scale), F(c.softcap), tile);
-        const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
         std::memcpy(before, all.top, sizeof before);
-        raise(z, n, rows, all.top);
+        const Lanes<F> z = load<T>(c.logits, row, rows, at, n, F(c.scale), F(c.softcap), tile, all.top);
+        const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
         if (at > begin) rebase(c, all, before, rows);
         for (int k = 0; k < rows; ++k) base[k] = all.top[k] == -F(INF) ? 0 : all.top[k];
         for (int i = 0; i < n; i += EXACT) {

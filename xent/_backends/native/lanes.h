@@ -10,14 +10,24 @@
 inline bool in_step(const Matrix& x, int64_t row, int rows) { return row % x.B + rows <= x.B; }
 inline bool together(const Matrix& x, int64_t row, int rows) { return x.row_stride == 1 && in_step(x, row, rows); }
 
+template <class F>
+LOOP void raise(Lanes<F> z, int n, int rows, F* top) {
+    for (int i = 0; i < n; ++i) {
+        const F* z_i = z[i];
+#pragma omp simd
+        for (int k = 0; k < rows; ++k) top[k] = z_i[k] > top[k] ? z_i[k] : top[k];
+    }
+}
+
 template <class T, class F>
-LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, Lanes<F> z) {
+LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, Lanes<F> z, F* top) {
     const int64_t stride = x.row_stride, class_stride = x.class_stride;
     int k = 0;
 #ifdef TURN
     if constexpr (std::is_same_v<F, float>)
-        if (class_stride == 1 && in_step(x, row, rows)) k = transpose_rows(x.at<T>(row, at), stride, rows, n, scale, z);
+        if (class_stride == 1 && in_step(x, row, rows)) k = transpose_rows(x.at<T>(row, at), stride, rows, n, scale, z, top);
 #endif
+    const int tiles = k;
     for (; k < rows && in_step(x, row, rows); k += LANES)
         for (int i = 0; i < n; ++i) {
             const T* x_i = x.at<T>(row + k, at + i);
@@ -30,6 +40,7 @@ LOOP void transpose(const Matrix& x, int64_t row, int rows, int64_t at, int n, F
         const T* x_k = x.at<T>(row + k, at);
         for (int i = 0; i < n; ++i) z[i][k] = scale * F(widen(x_k[i * class_stride]));
     }
+    if (top && tiles < rows) raise(Lanes<F>{z.at + tiles, z.stride}, n, rows - tiles, top + tiles);
 }
 
 template <class F, class T>
@@ -48,16 +59,21 @@ LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, c
     }
 }
 
-// The numbers that count, scaled and capped: where they lie, or in the tile.
+// The numbers that count, scaled and capped: where they lie, or in the tile. If there is a `top`, it is raised to them.
 template <class T, class F>
-INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, F cap, F* tile) {
+INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, F cap, F* tile, F* top = nullptr) {
     const bool side_by_side = together(x, row, rows);
+    Lanes<F> z{tile, tile_stride(rows)};
     if constexpr (std::is_same_v<T, F>)
-        if (side_by_side && scale == 1 && cap == 0) return {x.at<T>(row, at), x.class_stride};
-    const Lanes<F> z{tile, tile_stride(rows)};
-    if (!side_by_side) transpose<T>(x, row, rows, at, n, scale, z);
+        if (side_by_side && scale == 1 && cap == 0) {
+            z = {x.at<T>(row, at), x.class_stride};
+            if (top) raise(z, n, rows, top);
+            return z;
+        }
+    if (!side_by_side) transpose<T>(x, row, rows, at, n, scale, z, cap == 0 ? top : nullptr);
     for (int i = 0; i < n && side_by_side; ++i) convert(x.at<T>(row, at + i), rows, scale, z[i]);
     for (int i = 0; i < n && cap != 0; ++i) convert_capped(z[i], rows, F(1), cap, z[i]);
+    if (top && (side_by_side || cap != 0)) raise(z, n, rows, top);
     return z;
 }
 
@@ -71,15 +87,6 @@ INLINE Lanes<F> load_probabilities(const Call& c, int64_t row, int rows, int64_t
 }
 
 // ------------------------------------------------------------------------------------------------- loops
-
-template <class F>
-LOOP void raise(Lanes<F> z, int n, int rows, F* top) {
-    for (int i = 0; i < n; ++i) {
-        const F* z_i = z[i];
-#pragma omp simd
-        for (int k = 0; k < rows; ++k) top[k] = z_i[k] > top[k] ? z_i[k] : top[k];
-    }
-}
 
 // The first class with the largest score; a NaN counts as larger than all, the first one of them.
 template <class F>

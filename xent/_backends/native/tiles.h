@@ -70,8 +70,8 @@ INLINE void turn(Side* v) {
 
 // Both take whole tiles of n classes of these rows, the last of which overlaps the one before, and return how many rows
 // that were. A row of fewer classes than a tile has is read on into the next ones; and written so, if those follow at
-// once and are written later.
-LOOP int transpose_tiles(const float* x, int64_t stride, int rows, int n, float scale, Lanes<float> z) {
+// once and are written later. If there is a `top`, it is raised to the numbers that are read.
+LOOP int transpose_tiles(const float* x, int64_t stride, int rows, int n, float scale, Lanes<float> z, float* top) {
     const int64_t end = (rows - 1) * stride + n;
     for (int k = 0; k < rows; k += SIDE) {
         const int row = k + SIDE <= rows ? k : rows - SIDE;
@@ -83,6 +83,11 @@ LOOP int transpose_tiles(const float* x, int64_t stride, int rows, int n, float 
             turn(v);
             for (int j = 0; j < SIDE; ++j)
                 if (at + j < n) side(z[at + j] + row) = v[j];
+            if (!top) continue;
+            Side largest = side(top + row);
+            for (int j = 0; j < SIDE; ++j)
+                if (at + j < n) largest = v[j] > largest ? v[j] : largest;
+            side(top + row) = largest;
         }
     }
     return rows;
@@ -107,12 +112,12 @@ LOOP int transpose_tiles_back(Lanes<float> d, int rows, int n, float* out, int64
 
 // Of numbers of another type, all rows are converted first, or at the end.
 template <class T>
-INLINE int transpose_rows(const T* x, int64_t stride, int rows, int n, float scale, Lanes<float> z) {
-    if constexpr (std::is_same_v<T, float>) return transpose_tiles(x, stride, rows, n, scale, z);
+INLINE int transpose_rows(const T* x, int64_t stride, int rows, int n, float scale, Lanes<float> z, float* top) {
+    if constexpr (std::is_same_v<T, float>) return transpose_tiles(x, stride, rows, n, scale, z, top);
     float flat[SIZE];
     const bool whole = stride == n;
     for (int k = 0; k < (whole ? 1 : rows); ++k) convert(x + k * stride, whole ? rows * n : n, scale, flat + k * n);
-    return transpose_tiles(flat, n, rows, n, 1, z);
+    return transpose_tiles(flat, n, rows, n, 1, z, top);
 }
 
 template <class T>
