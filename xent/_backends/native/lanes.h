@@ -62,16 +62,12 @@ LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, c
 // The numbers that count, scaled and capped: where they lie, or in the tile. If there is a `top`, it is raised to them.
 template <class T, class F>
 INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, F scale, F cap, F* tile, F* top = nullptr) {
-    const bool side_by_side = together(x, row, rows);
+    const bool side_by_side = together(x, row, rows), as_it_is = std::is_same_v<T, F> && scale == 1 && cap == 0;
     Lanes<F> z{tile, tile_stride(rows)};
     if constexpr (std::is_same_v<T, F>)
-        if (side_by_side && scale == 1 && cap == 0) {
-            z = {x.at<T>(row, at), x.class_stride};
-            if (top) raise(z, n, rows, top);
-            return z;
-        }
+        if (side_by_side && as_it_is) z = {x.at<T>(row, at), x.class_stride};
     if (!side_by_side) transpose<T>(x, row, rows, at, n, scale, z, cap == 0 ? top : nullptr);
-    for (int i = 0; i < n && side_by_side; ++i) convert(x.at<T>(row, at + i), rows, scale, z[i]);
+    for (int i = 0; i < n && side_by_side && !as_it_is; ++i) convert(x.at<T>(row, at + i), rows, scale, z[i]);
     for (int i = 0; i < n && cap != 0; ++i) convert_capped(z[i], rows, F(1), cap, z[i]);
     if (top && (side_by_side || cap != 0)) raise(z, n, rows, top);
     return z;

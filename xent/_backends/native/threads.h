@@ -14,7 +14,7 @@ struct Work {
     void (*kernel)(const Call&, int64_t task);
     const Call& call;
     int64_t tasks;
-    bool last_first;
+    bool last_first;  // for whom reads again what was read: the end of it is still in the caches
     std::atomic<int64_t> next;
 };
 
