@@ -146,7 +146,8 @@ def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool
     """
     if weight is None:
         return
-    _check_tensor("weight", weight, logits, "input")
+    check_tensor_or_none("weight", weight)
+    _check_dtype_and_device("weight", weight, logits, "input")
     if weight.shape != (classes,) and not (sharded and weight.dim() == 1):
         raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
     if not (weight.requires_grad and torch.is_grad_enabled()):
@@ -159,15 +160,14 @@ def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool
 
 def check_target_prob(target_prob: Tensor, target: Tensor) -> None:
     """One probability for each of the K indices of a position."""
-    _check_tensor("target_prob", target_prob, target, "target")
+    _check_dtype_and_device("target_prob", target_prob, target, "target")
     if target_prob.shape != target.shape:
         raise ValueError(
             f"target_prob: expected the shape of target, {tuple(target.shape)}, got {tuple(target_prob.shape)}"
         )
 
 
-def _check_tensor(name: str, x: Tensor, other: Tensor, whose: str) -> None:
-    check_tensor_or_none(name, x)
+def _check_dtype_and_device(name: str, x: Tensor, other: Tensor, whose: str) -> None:
     if not x.is_floating_point():
         raise RuntimeError(f"{name}: expected a floating dtype, got {x.dtype}")
     if x.device != other.device:
