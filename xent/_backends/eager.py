@@ -45,7 +45,7 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
             q = _weighted(target[rows].to(u.dtype), class_weight)
             picked, mass = _dot(q, u, dtype), q.sum(-1, dtype=dtype)
         else:
-            y, here = (target[rows].long() - spec.start, None) if all_held else _local(target[rows], spec.start, C)
+            y, here = (_index(target[rows], spec.start), None) if all_held else _local(target[rows], spec.start, C)
             picked = u.gather(-1, y[..., None])[..., 0]
             picked = picked if here is None else torch.where(here, picked, 0)
         if wanted.wsum:
@@ -54,14 +54,13 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
             argmax = z.argmax(-1)
         e = u.exp() if wanted.entropy else u.exp_()
         s = e.sum(-1).to(dtype)
-        lse = s.log()
         if wanted.entropy:
-            entropy = lse - _dot(e, u, dtype) / s  # -sum_c p_c (u_c - log s)
-        found = Stats(top.nan_to_num(0, 0, 0), lse, picked, mass, wsum, entropy, argmax).pack()
+            entropy = s.log() - _dot(e, u, dtype) / s  # -sum_c p_c (u_c - log s)
+        found = Stats(top.nan_to_num_(0, 0, 0), s.log_(), picked, mass, wsum, entropy, argmax).pack()
         for all_rows, some in zip(stats.pack(), found, strict=True):
             if mask is not None:
                 some = torch.where(mask[rows], some, -1 if some is argmax else 0)
-            all_rows[rows] = some.to(all_rows.dtype)
+            all_rows[rows] = some if kept is None else some.to(all_rows.dtype)
         del z, u, e  # so that the next block gets the same memory, which is in the cache and need not be faulted in
     return stats
 
@@ -96,14 +95,14 @@ def row_gradient(
         # p (g_lse - g_entropy log p) = exp(t) (a - h t) with t = z - top, and lse in the two numbers of the row.
         factor = lse[rows].neg().exp_()
         if g_entropy is None:
-            d = t.exp_().mul_(column(g_lse[rows] * factor))
+            d = t.exp_().mul_(column(factor.mul_(g_lse[rows])))
         else:  # p log p is 0 where p is 0: the clamp keeps 0 * -inf out
             a = column((g_lse[rows] + g_entropy[rows] * lse[rows]) * factor)
             d = t.exp().mul_(a - column(g_entropy[rows] * factor) * t.clamp(min=-1e4))
         if soft:
             d += column(g_picked[rows]) * _weighted(target[rows].to(dtype), class_weight)
         else:
-            y, here = (target[rows].long() - spec.start, None) if all_held else _local(target[rows], spec.start, C)
+            y, here = (_index(target[rows], spec.start), None) if all_held else _local(target[rows], spec.start, C)
             g = g_picked[rows] if here is None else torch.where(here, g_picked[rows], 0)
             d.scatter_add_(-1, y[..., None], column(g))
         if g_wsum is not None:
@@ -174,9 +173,13 @@ def _dot(coefficient: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
     return (coefficient * u).masked_fill_(coefficient == 0, 0).sum(-1, dtype=dtype)
 
 
+def _index(target: Tensor, start: int) -> Tensor:
+    return target.long() - start if start else target.long()
+
+
 def _local(target: Tensor, start: int, C: int) -> tuple[Tensor, Tensor]:
     """The index among the C classes held here, safe to read through, and whether it is meant."""
-    local = target.long() - start
+    local = _index(target, start)
     return local.clamp(0, C - 1), (local >= 0) & (local < C)
 
 
