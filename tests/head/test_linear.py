@@ -122,17 +122,23 @@ def test_products(reduction: str, products: int, monkeypatch: pytest.MonkeyPatch
     assert (made.count, made.work) == (1, 8 * C * D)
 
 
-def test_blocks_are_of_equal_size() -> None:
-    h, W, _, y = (t.detach() for t in problem(100))
-    budget = 30 * 8 * (C + 2 * D)
-    head, rows = (
-        _blocks.HeadOptions(_blocks.RowSpec(), torch.float64, budget),
-        _blocks.HeadRows(h, W, None, y, None, None),
-    )
-    sizes = [len(block.hidden) for block in _blocks.Blocks(rows, head)]
-    assert sizes == [22, 22, 22]  # 66 rows count; 30, 30 and 6 would fit, too
-    one_by_one = _blocks.Blocks(rows, head._replace(max_bytes=1))
-    assert [len(block.hidden) for block in one_by_one] == [1] * 66
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"),
+    [
+        pytest.param(66, 30, [22, 22, 22], id="30, 30 and 6 would fit, too"),
+        pytest.param(200, 70, [48, 48, 48, 56], id="whole tiles, where the product fills them up"),
+        pytest.param(128, 79, [64, 64], id="no more rows than fit"),
+        pytest.param(66, 0, [1] * 66, id="one by one"),
+    ],
+)
+def test_blocks_are_of_equal_size(count: int, most: int, sizes: list[int]) -> None:
+    h, W, _, y = (t.detach() for t in problem(count * 3 // 2 + 1))
+    y[:] = -100
+    y[:count] = 0
+    head = _blocks.HeadOptions(_blocks.RowSpec(), torch.float64, most * 8 * (C + 2 * D))
+    blocks = _blocks.Blocks(_blocks.HeadRows(h, W, None, y, None, None), head)
+    assert [len(block.hidden) for block in blocks] == sizes
+    assert len(blocks.buffer) <= max(1, most)
 
 
 @pytest.mark.parametrize("classes", [1, 7, 8, 9])

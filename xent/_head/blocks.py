@@ -30,7 +30,7 @@ from .._backends import advise_huge_pages, check_range
 from .._records import HeadRows, Layout, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
 from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
-from .products import add_outer, block_dtype, hidden_gradient, logits_of
+from .products import ROWS_LAST, TILE, add_outer, block_dtype, hidden_gradient, logits_of
 
 F = TypeVar("F", bound=Callable[..., list[Tensor]])
 Needs = tuple[bool, ...]  # whether a gradient of each of `HeadRows.sources` is wanted
@@ -90,9 +90,11 @@ class Blocks:
         count = N if self.kept is None else len(self.kept)
         dtype = block_dtype(options.dtype, hidden.device)
         per_row = C * dtype.itemsize + hidden.shape[1] * (options.dtype.itemsize + compute_dtype(weight).itemsize)
-        number = max(1, math.ceil(count / max(1, options.max_bytes // max(1, per_row))))
-        self.edges = [count * i // number for i in range(number + 1)]
-        size = math.ceil(count / number)
+        most = max(1, options.max_bytes // max(1, per_row))
+        tile = TILE if most in ROWS_LAST else 1  # what `logits_of` fills up: all blocks but the last are whole tiles
+        number, tiles = max(1, math.ceil(count / (most // tile * tile))), math.ceil(count / tile)
+        self.edges = [min(count, tiles * i // number * tile) for i in range(number + 1)]
+        size = math.ceil(tiles / number) * tile
         self.buffer = advise_huge_pages(torch.empty(size, C, dtype=dtype, device=hidden.device))
 
     def __iter__(self) -> Iterator[Block]:
