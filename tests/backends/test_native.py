@@ -60,13 +60,13 @@ def test_exp64() -> None:
     assert (np.abs(native_exp(t).numpy() - truth) / ulp).max() <= 1.8
 
 
-@pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -87.33), (torch.float64, -708.39)])
+@pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -87.68), (torch.float64, -708.74)])
 def test_exp_of_special_numbers(dtype: torch.dtype, lowest: float) -> None:
     inf, nan = float("inf"), float("nan")
     t = torch.tensor([-0.0, 0.0, -inf, lowest - 0.01, -1e30, nan, -nan] * 5, dtype=dtype)  # in the tail of a vector too
     assert native_exp(t).nan_to_num(7).tolist() == [1, 1, 0, 0, 0, 7, 7] * 5
     smallest = native_exp(torch.tensor([lowest + 0.001], dtype=dtype)).item()
-    assert smallest >= torch.finfo(dtype).tiny
+    assert smallest > 0.7 * torch.finfo(dtype).tiny  # below, all digits would be gone
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -97,11 +97,19 @@ struct Sums {
     double sum, tilt;
 };
 
+constexpr int QUARTER = LANES / 4;
+
+template <class F>
+INLINE void add_lanes(const F* x, double* sum) {
+    for (int k = 0; k < QUARTER; ++k)
+        sum[k] += (double(x[k]) + double(x[k + QUARTER])) + (double(x[k + 2 * QUARTER]) + double(x[k + 3 * QUARTER]));
+}
+
 template <bool TILT, bool LAST, class F>
 INLINE void add_exp_of_lanes(const F* z, int skip, F base, F* sum, F* tilt) {
 #pragma omp simd
     for (int k = 0; k < LANES; ++k) {
-        const F t = LAST && k < skip ? -F(INF) : z[k] - base, e = exponential(t);
+        const F t = z[k] - base, e = LAST && k < skip ? 0 : exponential(t);
         sum[k] += e;
         if (TILT) tilt[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
     }
@@ -113,7 +121,8 @@ INLINE void add_exp_of_lanes(const F* z, int skip, F base, F* sum, F* tilt) {
 template <bool TILT, class F>
 LOOP Sums sum_exp(const F* z, int n, F base, const char* logits, int size) {
     F few[LANES];
-    double sum[LANES] = {}, tilt[LANES] = {};
+    double sum[QUARTER], tilt[QUARTER];
+    for (int k = 0; k < QUARTER; ++k) sum[k] = tilt[k] = 0;
     for (int64_t i = 0; i < n;) {
         const int64_t end = i + CHUNK < n ? i + CHUNK : n;
         F s[LANES] = {}, u[LANES] = {};
@@ -126,9 +135,10 @@ LOOP Sums sum_exp(const F* z, int n, F base, const char* logits, int size) {
             add_exp_of_lanes<TILT, true>(last.at, last.skip, base, s, u);
             i = end;
         }
-        for (int k = 0; k < LANES; ++k) sum[k] += s[k], tilt[k] += TILT ? u[k] : 0;
+        add_lanes(s, sum);
+        if (TILT) add_lanes(u, tilt);
     }
-    return {sum_of_lanes(sum), TILT ? sum_of_lanes(tilt) : 0};
+    return {sum_of_lanes<QUARTER / 2>(sum), TILT ? sum_of_lanes<QUARTER / 2>(tilt) : 0};
 }
 
 // The first class with this logit; with a NaN, the first NaN. n if there is none.

@@ -23,6 +23,11 @@ INLINE To bits(From from) {
 
 // ----------------------------------------------------------------------------------------------------- exp and tanh
 
+// Here 2^k would be subnormal, and has the bits of 0. No constants, but in native.cpp: GCC would work out what becomes of
+// them, and compare and mask each result, which takes longer than one maximum.
+extern float lowest32;   // -88
+extern double lowest64;  // -709
+
 template <class F>
 struct Exp {  // e^t = scale (1 + r h): scale = 2^k, k = round(t / ln 2), r = t - k ln 2, h = (e^r - 1) / r
     F scale, r, h;
@@ -32,6 +37,7 @@ struct Exp {  // e^t = scale (1 + r h): scale = 2^k, k = round(t / ln 2), r = t 
 // of the sum, with the exponent's bias, so that one shift makes 2^k. ln 2 is split into a short first part, whose
 // product with k is exact, and the rest. -ffast-math would cancel all of this: the build must not use it.
 INLINE Exp<float> exp_parts(float t) {
+    t = t < lowest32 ? lowest32 : t;
     const float shifted = t * 1.44269504f + 12583039.0f;
     const float k = shifted - 12583039.0f;
     const float r = (t - k * 0.693359375f) + k * 2.12194440e-4f;
@@ -46,6 +52,7 @@ INLINE Exp<float> exp_parts(float t) {
 
 template <class DIGITS = double>  // with as many terms as the digits of this type ask for
 INLINE Exp<double> exp_parts(double t) {  // the same with 1.5 * 2^52 + 1023
+    t = t < lowest64 ? lowest64 : t;
     const double shifted = t * 1.4426950408889634 + 6755399441056767.0;
     const double k = shifted - 6755399441056767.0;
     const double r = (t - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
@@ -74,28 +81,23 @@ INLINE Exp<double> exp_parts(double t) {  // the same with 1.5 * 2^52 + 1023
     return {bits<double>(bits<uint64_t>(shifted) << 52), r, h};
 }
 
-template <class F>
-constexpr F LOWEST = sizeof(F) == 4 ? F(-87.33) : F(-708.39);  // just above ln of the smallest normal number
-
 // Within 1.3 ulp of e^t for float and 1.8 for double (tests/backends/test_native.py; 1 and 1.5 where there is a fused multiply-
-// add). Exactly 0 below LOWEST, where e^t is subnormal, and for -inf; NaN stays. A softmax needs t <= 0 only: the
-// bound holds up to 88 (709), but beyond, the result is meaningless. A clamp would cost every element for nothing.
+// add). Exactly 0 where k is that of the lowest t, below e^-87.68 or e^-708.74, and for -inf; NaN stays. A softmax needs t <= 0
+// only: the bound holds up to 88 (709), but beyond, the result is meaningless. A clamp there would cost every element.
 template <class F>
-INLINE F exponential(F t, const Exp<F>& e) {
-    const F value = (e.h * e.r + 1) * e.scale;
-    return t < LOWEST<F> ? 0 : value;
+INLINE F exponential(const Exp<F>& e) {
+    return (e.h * e.r + 1) * e.scale;
 }
 
 template <class F>
 INLINE F exponential(F t) {
-    return exponential(t, exp_parts(t));
+    return exponential(exp_parts(t));
 }
 
 // e^t - 1, with all its digits where t is small.
 template <class F>
-INLINE F exponential_less_one(F t, const Exp<F>& e) {
-    const F value = e.scale * (e.h * e.r) + (e.scale - 1);
-    return t < LOWEST<F> ? -1 : value;
+INLINE F exponential_less_one(const Exp<F>& e) {
+    return e.scale * (e.h * e.r) + (e.scale - 1);
 }
 
 // log x = k ln 2 + log m with x = 2^k m and m in [sqrt(1/2), sqrt(2)); log m = 2 artanh(s), s = (m - 1) / (m + 1), by a
@@ -121,7 +123,7 @@ INLINE double logarithm(double x) {
 template <class F>
 INLINE F hyperbolic_tangent(F u) {
     const F t = u < 0 ? 2 * u : -2 * u;
-    const F m = exponential_less_one(t, exp_parts(t));
+    const F m = exponential_less_one(exp_parts(t));
     const F positive = -m / (2 + m);
     return u < 0 ? -positive : positive;
 }

@@ -24,6 +24,9 @@
 #include <immintrin.h>
 #endif
 
+float lowest32 = -88;
+double lowest64 = -709;
+
 namespace {
 
 // ------------------------------------------------------------------------------------------------- instruction sets

@@ -210,7 +210,7 @@ LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Fac
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
         const double minus = -of.lse[k];  // at most 0, for the largest of all terms is 1; inf gives NaN
-        factor[k] = exponential(minus, exp_parts<F>(minus)) * scale;
+        factor[k] = exponential(exp_parts<F>(minus)) * scale;
         of.a[k] = F(of.g_lse[k] * factor[k]);
     }
     for (int k = 0; k < rows && c.soft(); ++k) of.g_picked[k] = F(of.g_target[k] * scale);
@@ -229,7 +229,7 @@ LOOP void entries_of_targets(const Call& c, int64_t row, int rows, const int64_t
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
         t[k] = double(z_y[k]) - double(of.top[k]) - of.lse[k];
-        less_one[k] = exponential_less_one(t[k], exp_parts<F>(t[k]));
+        less_one[k] = exponential_less_one(exp_parts<F>(t[k]));
         more[k] = of.g_lse[k] + of.g_target[k];
     }
     for (int k = 0; k < rows && c.has_wsum(); ++k)

@@ -47,7 +47,7 @@ inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned
 constexpr int64_t THREADED = 1 << 16;  // logits: fewer are done before other threads have woken up
 constexpr int64_t TASK = 32768;  // logits: enough to be worth handing out, too few to leave a thread waiting long
 constexpr int64_t FEW_ROWS = 16, MOST_PARTS = 16;
-constexpr int64_t SHORT = 128, SHORT_GRADIENT = 48;  // classes: of fewer, many rows at a time take less time
+constexpr int64_t SHORT = 192, SHORT_GRADIENT = 48;  // classes: of fewer, many rows at a time take less time
 
 // The same for every number of threads, so that the statistics are too.
 inline void cut(Call& c) {
