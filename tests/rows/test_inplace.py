@@ -28,6 +28,7 @@ IN_PLACE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "rows far apart": lambda: (torch.randn(6, 9)[:, :5], torch.tensor([-100, 1, 2, 3, 4, 0])),
     "transposed": lambda: (torch.randn(5, 6).t(), torch.tensor([-100, 1, 2, 3, 4, 0])),
     "probabilities": lambda: (torch.randn(6, 5), torch.rand(6, 5)),
+    "a target in another order": lambda: (torch.randn(2, 3, 5), torch.tensor([[-100, 1], [2, 3], [4, 0]]).t()),
 }
 every_in_place = pytest.mark.parametrize("make", IN_PLACE.values(), ids=IN_PLACE)
 

@@ -126,6 +126,7 @@ def losses_gradient(
     if done is NotImplemented:
         rows = layout.rows(input), layout.targets(target, input.dim()), numbers, layout.of_rows()
         g = g.reshape(layout.A, layout.B) if g.dim() else g
+        out = None if out is None else layout.rows(out)
         memory = losses_gradient(*rows, weight, g, divisor, spec, formula, out)
         return layout.restore(memory, input.shape).data
     return memory
