@@ -165,12 +165,19 @@ def test_a_loss_of_numbers_that_are_yet_to_be_negated() -> None:
         assert grads[0].equal(grads[1])
 
 
-def test_a_dtype_of_the_loss_that_no_logits_have() -> None:
-    for reduction in ("mean", "none"):
-        loss = xent.cross_entropy(x, y, reduction=reduction)
-        found = xent.cross_entropy(x, y, reduction=reduction, loss_dtype=torch.float8_e5m2)
-        assert found.dtype == torch.float8_e5m2
-        assert found.float().equal(loss.to(torch.float8_e5m2).float())
+def test_dtypes_that_no_logits_have() -> None:
+    """Of the loss, and so of what flows back, and of class weights."""
+    kind, leaf = torch.float8_e5m2, x.clone().requires_grad_()
+    few = torch.tensor([0.5, 1, 2, 0, 4])
+    for reduction, eps, weight in (("mean", 0.0, None), ("none", 0.0, few), ("sum", 0.1, few)):
+        loss = xent.cross_entropy(leaf, y, weight, reduction=reduction, label_smoothing=eps)
+        given = None if weight is None else weight.to(kind)
+        found = xent.cross_entropy(leaf, y, given, reduction=reduction, label_smoothing=eps, loss_dtype=kind)
+        assert found.dtype == kind
+        assert found.float().equal(loss.to(kind).float())
+        ones = torch.ones(loss.shape)
+        (expected,) = torch.autograd.grad(loss, leaf, ones)
+        assert torch.autograd.grad(found, leaf, ones.to(kind))[0].equal(expected)
 
 
 def test_the_module_checks_its_own_arguments() -> None:

@@ -94,7 +94,7 @@ def losses(
         value = torch.empty(layout.positions(input.shape), dtype=written)
     else:
         value = torch.empty_strided((), (), dtype=written)  # sooner there than torch.empty(())
-    threads = torch.get_num_threads()
+    weight, threads = _readable(weight), torch.get_num_threads()
     divisor = _native.losses(input, target, layout, spec, threads, formula, weight, normalizer, numbers, value)
     if divisor is None:
         check_range(target, input.shape[layout.axis], spec.ignore_index)  # raises
@@ -120,6 +120,7 @@ def losses_gradient(
     """See `xent._rows.formula.losses_gradient`."""
     fresh, memory = out is None, _memory(out, input, target)
     numbers, threads = numbers.contiguous(), torch.get_num_threads()
+    weight, g = _readable(weight), _readable(g)
     done = _native.losses_gradient(
         input, target, layout, spec, threads, formula, weight, numbers, g, divisor, memory, fresh
     )
@@ -173,6 +174,11 @@ def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, 
 def _read(logits: Tensor, target: Tensor, spec: RowSpec) -> tuple[Any, ...]:
     """What each call of a primitive begins with."""
     return logits, target, Layout(2, *logits.shape[:2]), spec, torch.get_num_threads()
+
+
+def _readable(x: Any) -> Any:
+    """Numbers of any floating dtype in one that is read."""
+    return x if x is None or x.dtype in LOGITS else x.double()
 
 
 def _plain(x: Tensor | None) -> Tensor | None:
