@@ -75,8 +75,8 @@ def test_only_where_it_is_asked_for(reduction: str, monkeypatch: pytest.MonkeyPa
 
 
 @pairwise(
-    dtype=[torch.float32, torch.bfloat16, torch.float16],
-    target_dtype=[None, torch.float32, torch.float16],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    target_dtype=[None, torch.float32, torch.float16, torch.float64],
     reduction=["mean", "none"],
 )
 def test_every_dtype(dtype: torch.dtype, target_dtype: torch.dtype | None, reduction: str) -> None:

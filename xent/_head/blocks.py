@@ -146,7 +146,7 @@ class Grads:
             for part in (slice(i, i + count) for i in range(0, x.shape[1], count)):
                 mass = None if g_q is None else g_q[:, part]
                 d = coefficient_gradient(x[:, part], top[:, part], upstream.picked[:, part], mass, spec)[0]
-                self.dq[where[part]] = d if class_weight is None else d.mul_(class_weight)
+                self.dq[where[part]] = (d if class_weight is None else d.mul_(class_weight)).to(self.dq.dtype)
         if self.dh is None and self.dW is None and self.db is None:
             return
         layout = Layout(2, *x.shape[:2])
