@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
 from xent._backends import triton as backend
-from xent._records import RowSpec, Upstream, Wanted
+from xent._records import RowNumbers, RowSpec, Wanted
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -110,7 +110,7 @@ class Case(NamedTuple):
             for name in KERNELS:
                 patch.setattr(backend, name, Catcher(getattr(backend, name), caught))
             backend.row_statistics(x, target, spec, wanted, w)
-            backend.row_gradient(x, target, numbers, numbers, Upstream(*g), spec, w, x if self.inplace else None)
+            backend.row_gradient(x, target, RowNumbers(numbers, numbers, *g), spec, w, x if self.inplace else None)
         return caught
 
 

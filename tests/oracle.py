@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xent._records import RowSpec, Stats, Upstream, Wanted
+from xent._records import RowNumbers, RowSpec, Stats, Wanted
 from xent._rows import dispatch as _primitives
 
 Options = dict[str, Any]
@@ -24,6 +24,15 @@ torch_has_linear = pytest.mark.skipif(
 )
 
 NOTHING, EVERYTHING = Wanted(), Wanted(True, True, True)
+
+
+class Upstream(NamedTuple):
+    """The gradient of a loss for each statistic, one number per row."""
+
+    lse: Tensor
+    picked: Tensor
+    wsum: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class Truth(NamedTuple):
@@ -250,6 +259,11 @@ def each(function: Callable[[Tensor], Tensor], record: Any) -> Any:
     return type(record)(*[None if tensor is None else function(tensor) for tensor in record])
 
 
+def numbers_of(stats: Any, g: Upstream) -> RowNumbers:
+    """What `row_gradient` takes."""
+    return RowNumbers(stats.top, stats.lse, *g)
+
+
 # All tests call the primitives through the next two, on rows (N, C).
 
 
@@ -271,9 +285,9 @@ def grad_of(
     **spec: Any,
 ) -> Tensor:
     """`row_gradient`, for `Stats` or a `Truth`."""
-    g, numbers = each(lambda n: n[None], g), (stats.top[None], stats.lse[None])
+    numbers = each(lambda n: n[None], numbers_of(stats, g))
     whole = None if out is None else out[None]
-    return _primitives.row_gradient(x[None], target[None], *numbers, g, RowSpec(**spec), class_weight, whole)[0]
+    return _primitives.row_gradient(x[None], target[None], numbers, RowSpec(**spec), class_weight, whole)[0]
 
 
 def assert_stats(got: Any, truth: Truth, x: Tensor, target: Tensor, slack: float = 1.0) -> None:

@@ -130,13 +130,18 @@ class Objective(NamedTuple):
         return Wanted(wsum=self.label_smoothing > 0)
 
 
-class Upstream(NamedTuple):
-    """What flows back: the gradient of a loss for each statistic, one number per row (and candidate, for `picked`)."""
+class RowNumbers(NamedTuple):
+    """What the gradient of a row is made of, besides its logits: p_c = exp(z_c - top - lse), and what flows back.
 
+    That is the gradient of a loss for each statistic, one number per row (and candidate, for `g_picked`).
+    """
+
+    top: Tensor
     lse: Tensor
-    picked: Tensor
-    wsum: Tensor | None = None
-    entropy: Tensor | None = None
+    g_lse: Tensor
+    g_picked: Tensor
+    g_wsum: Tensor | None = None
+    g_entropy: Tensor | None = None
 
 
 class HeadRows(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import xent
 from xent import _torch
 from xent._backends import check_range
-from xent._records import Stats, Upstream
+from xent._records import Stats
 from xent._rows import dispatch as _primitives
 
 
@@ -227,7 +227,7 @@ def test_no_host_sync_in_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode(), torch.no_grad():
         x, y = torch.empty(4, 5, device="lazy"), torch.empty(4, device="lazy", dtype=torch.int64)
         rows = torch.empty(4, device="lazy", dtype=torch.float64)
-        grad = oracle.grad_of(x, y, Stats(*[rows] * 7), Upstream(rows, rows, rows, rows), scale=2.0, softcap=3.0)
+        grad = oracle.grad_of(x, y, Stats(*[rows] * 7), oracle.Upstream(rows, rows, rows, rows), scale=2.0, softcap=3.0)
         assert grad.shape == x.shape
         assert grad.device.type == "lazy"
 

@@ -12,7 +12,7 @@ from pairs import pairwise
 from torch import Tensor
 
 from xent._backends import eager
-from xent._records import RowSpec, Upstream, Wanted
+from xent._records import RowNumbers, RowSpec, Wanted
 from xent._rows import dispatch
 
 A, B, C = 3, 7, 37
@@ -48,11 +48,10 @@ def test_layout(
     for stat, truth in zip(found.pack(), expected.pack(), strict=True):
         torch.testing.assert_close(stat, truth, rtol=1e-5 if dtype != torch.float64 else 1e-13, atol=1e-6)
 
-    numbers = torch.randn(4, A, B, dtype=torch.float64)
-    upstream = Upstream(*numbers)
-    grad = dispatch.row_gradient(x, y, expected.top, expected.lse, upstream, spec, w)
+    numbers = RowNumbers(expected.top, expected.lse, *torch.randn(4, A, B, dtype=torch.float64))
+    grad = dispatch.row_gradient(x, y, numbers, spec, w)
     out = z if inplace else None
-    result = dispatch.row_gradient(z, target, expected.top, expected.lse, upstream, spec, w, out)
+    result = dispatch.row_gradient(z, target, numbers, spec, w, out)
     oracle.assert_grad(result.flatten(0, 1), grad.double().flatten(0, 1))
     assert result.stride() == (z if inplace else torch.empty_like(z)).stride()
     assert (result.data_ptr() == z.data_ptr()) == inplace
@@ -66,7 +65,7 @@ def test_one_number_for_all_rows(backend: str, soft: bool) -> None:
     one, apart = torch.tensor(0.5).double(), torch.randn(B, A).double()
     for g in (one.expand(A, B), apart.T):
         grads = [
-            dispatch.row_gradient(x, y, stats.top, stats.lse, Upstream(h, -h), RowSpec()) for h in (g, g.contiguous())
+            dispatch.row_gradient(x, y, RowNumbers(stats.top, stats.lse, h, -h), RowSpec()) for h in (g, g.contiguous())
         ]
         assert grads[0].equal(grads[1])
 
@@ -114,9 +113,10 @@ def test_blocks(
     rough = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
     for stat, expected in zip(found.pack(), truth.pack(), strict=True):
         torch.testing.assert_close(stat, expected, equal_nan=True, **rough)
-    upstream = Upstream(*torch.randn(4, *shape[:2], generator=generator, dtype=torch.float64))
-    expected = eager.row_gradient(x, y, truth.top, truth.lse, upstream, spec, w, None)
-    grad = dispatch.row_gradient(x, y, truth.top, truth.lse, upstream, spec, w, x if inplace else None)
+    g = torch.randn(4, *shape[:2], generator=generator, dtype=torch.float64)
+    numbers = RowNumbers(truth.top, truth.lse, *g)
+    expected = eager.row_gradient(x, y, numbers, spec, w, None)
+    grad = dispatch.row_gradient(x, y, numbers, spec, w, x if inplace else None)
     torch.testing.assert_close(
         grad.double(), expected.double(), equal_nan=True, rtol=oracle.TOLERANCE[dtype] * 8, atol=oracle.TOLERANCE[dtype]
     )

@@ -11,10 +11,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from oracle import EVERYTHING, assert_stats, grad_of, stats_of, truth_for, upstream
+from oracle import EVERYTHING, Upstream, assert_stats, grad_of, stats_of, truth_for, upstream
 from torch import Tensor
 
-from xent._records import Upstream
 from xent._rows import dispatch as _primitives
 
 native = _primitives.load("native")

@@ -12,7 +12,7 @@ from oracle import stats_of
 from torch import Tensor
 
 import xent
-from xent._records import RowSpec, Stats, Upstream, Wanted
+from xent._records import RowNumbers, RowSpec, Stats, Wanted
 from xent._rows import dispatch as _primitives
 
 native = _primitives.load("native")
@@ -26,7 +26,7 @@ def on_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def grad(x: Tensor, y: Tensor, top: Tensor, lse: Tensor, *g: Tensor | None, **options: Any) -> Tensor:
-    return oracle.grad_of(x, y, Stats(top, lse, *[lse] * 5), Upstream(*g), **options)
+    return oracle.grad_of(x, y, Stats(top, lse, *[lse] * 5), oracle.Upstream(*g), **options)
 
 
 x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
@@ -123,15 +123,15 @@ def test_overlapping_memory_is_refused() -> None:
 
 
 def test_a_tensor_without_storage_raises() -> None:
-    freed, numbers = torch.randn(1, 4, 5), v[None]
+    freed = torch.randn(1, 4, 5)
     freed.untyped_storage().resize_(0)
-    upstream, rest = Upstream(numbers, numbers), (RowSpec(classes=5), None)
+    numbers, rest = RowNumbers(*[v[None]] * 4), (RowSpec(classes=5), None)
     with pytest.raises(ValueError, match="storage"):
         native.row_statistics(freed, y[None], RowSpec(classes=5), Wanted(), None)
     with pytest.raises(ValueError, match="storage"):
-        native.row_gradient(freed, y[None], numbers, numbers, upstream, *rest, None)
+        native.row_gradient(freed, y[None], numbers, *rest, None)
     with pytest.raises(ValueError, match="storage"):
-        native.row_gradient(x[None], y[None], numbers, numbers, upstream, *rest, freed)
+        native.row_gradient(x[None], y[None], numbers, *rest, freed)
     freed.untyped_storage().resize_(80)  # torch itself crashes when pytest prints such a tensor
 
 

@@ -9,10 +9,9 @@ import sys
 
 import pytest
 import torch
-from oracle import NOTHING, grad_of, stats_of
+from oracle import NOTHING, Upstream, grad_of, stats_of
 from torch import Tensor
 
-from xent._records import Upstream
 from xent._rows import dispatch as _primitives
 
 native = _primitives.load("native")

@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
-from oracle import each, grad_of, stats_of
+from oracle import Upstream, each, grad_of, stats_of
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from xent._records import Stats, Upstream
+from xent._records import Stats
 from xent._rows import dispatch as _primitives
 
 native = _primitives.load("native")
@@ -25,8 +25,7 @@ SHAPE = (64, 20_000)
 
 PRELUDE = """
 import os, sys, torch
-from oracle import grad_of, stats_of
-from xent._records import Upstream
+from oracle import Upstream, grad_of, stats_of
 def count(): return len(os.listdir("/proc/self/task"))
 def both(x, y):
     found = stats_of(x, y)

@@ -12,7 +12,7 @@ from oracle import EVERYTHING, Options, assert_stats, each, every_dtype, grad_of
 from pairs import pairwise
 from torch import Tensor
 
-from xent._records import Upstream, Wanted, compute_dtype
+from xent._records import Wanted, compute_dtype
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -235,7 +235,7 @@ def test_huge_finite_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close((got.lse - got.picked, got.entropy), (log, log))
     assert got.argmax.tolist() == [0, 0, 0]
     ones = torch.ones(3).double()
-    g = Upstream(ones, -ones)
+    g = oracle.Upstream(ones, -ones)
     grad = grad_of(x, y, got, g)
     assert grad[0].tolist() == [0, 0, 0]
     oracle.assert_grad(grad, oracle.gradient(x, y, truth_for(x, y), g), y)
@@ -249,7 +249,7 @@ def test_confident_target_keeps_its_bits(dtype: torch.dtype, in_place: bool) -> 
     y = torch.tensor([0, 3, 6, 7])
     x[torch.arange(4), y] = 11
     stats, ones = truth_for(x, y), torch.ones(4).double()
-    g = Upstream(ones, -ones)
+    g = oracle.Upstream(ones, -ones)
     truth = oracle.gradient(x, y, stats, g)
     at_target = truth.gather(1, y[:, None])
     assert (at_target.abs() < torch.finfo(torch.float16).eps / 2).all(), "or there is nothing to see"
@@ -271,5 +271,5 @@ def test_a_target_in_another_shard_has_no_entry_here(dtype: torch.dtype) -> None
     x, y = rows(dtype)
     ones = torch.ones(len(x)).double()
     for start in (-37, 37, 1000):
-        assert not grad_of(x, y, truth_for(x, y), Upstream(0 * ones, ones), start=start).any()
+        assert not grad_of(x, y, truth_for(x, y), oracle.Upstream(0 * ones, ones), start=start).any()
     assert not stats_of(x, y, start=37, classes=100).picked.any()

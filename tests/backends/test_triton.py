@@ -15,7 +15,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from oracle import EVERYTHING, NOTHING, assert_stats, each, every_dtype, rows, truth_for, upstream
+from oracle import EVERYTHING, NOTHING, Upstream, assert_stats, each, every_dtype, rows, truth_for, upstream
 from pairs import pairwise
 from test_primitives import CASES, build
 from torch import Tensor
@@ -26,7 +26,7 @@ if os.environ.get("XENT_BACKEND") != "triton":  # where it is asked for and miss
 from xent._backends import eager
 from xent._backends import triton as backend
 from xent._backends.triton import plan
-from xent._records import RowSpec, Samples, Stats, Upstream, Wanted
+from xent._records import RowSpec, Samples, Stats, Wanted
 
 interpreted = pytest.mark.skipif(
     not (backend.INTERPRETED and os.environ.get("XENT_BACKEND") == "triton"),
@@ -43,9 +43,9 @@ def stats_of(x: Tensor, target: Tensor, wanted: Wanted = NOTHING, **spec: Any) -
 
 def grad_of(x: Tensor, target: Tensor, stats: Stats, g: Upstream, out: Tensor | None = None) -> Tensor:
     """The gradient of rows (N, C)."""
-    top, lse, *up = (None if number is None else number[None] for number in (stats.top, stats.lse, *g))
+    numbers = each(lambda number: number[None], oracle.numbers_of(stats, g))
     out = None if out is None else out[None]
-    return backend.row_gradient(x[None], target[None], top, lse, Upstream(*up), RowSpec(), None, out)[0]
+    return backend.row_gradient(x[None], target[None], numbers, RowSpec(), None, out)[0]
 
 
 def agree(x: Tensor, target: Tensor, out: Tensor | None = None) -> None:
@@ -137,11 +137,12 @@ def test_parts_of_every_case(
     x = x.mT.contiguous().mT if layout == "images" else x
     config = plan.configure(x, target, weight, 1.0, None)
     assert plan.share(config, plan.stretches(config, 1, 3), C, 132)[0] > 1
-    spec, g = RowSpec(classes=C + 20, **reading), each(lambda number: number[None], upstream(3))
+    spec = RowSpec(classes=C + 20, **reading)
     found, truth = (module.row_statistics(x, target, spec, EVERYTHING, weight) for module in (backend, eager))
     rough = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(found.pack(), truth.pack(), equal_nan=True, **rough)
-    grad, expected = (m.row_gradient(x, target, *truth[:2], g, spec, weight, None).double() for m in (backend, eager))
+    numbers = oracle.numbers_of(truth, each(lambda number: number[None], upstream(3)))
+    grad, expected = (m.row_gradient(x, target, numbers, spec, weight, None).double() for m in (backend, eager))
     tolerance = oracle.TOLERANCE[dtype]
     torch.testing.assert_close(grad, expected, equal_nan=True, rtol=8 * tolerance, atol=tolerance)
 

@@ -113,7 +113,7 @@ def head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
         upstream = (lse * 0.5, lse * 0.25, lse * 0.1, None if i % 2 else lse * 0.2)
         for needs in ([True, True, True, soft, False], [False, True, False, False, False]):
             g_mass = lse if soft else None
-            yield *row, top, lse, picked, *[None] * 4, *entries, *upstream, g_mass, *flat, needs
+            yield *row, picked, *entries, top, lse, *upstream, g_mass, *flat, needs
 
 
 # One line for each operator: its arguments, given a dtype, whether targets are probabilities, and a group of one.

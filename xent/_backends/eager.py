@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
+from .._records import RowNumbers, RowSpec, Samples, Stats, Wanted, compute_dtype, statistics_dtype
 from . import advise_huge_pages, blocks, check_range, rows_of_block, scores, slope
 
 CACHE_BYTES = 4 << 20  # of scores per block: in a third-level cache, and so many that operations outlast their calls
@@ -66,20 +66,13 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
 
 
 def row_gradient(
-    logits: Tensor,
-    target: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    spec: RowSpec,
-    class_weight: Tensor | None,
-    out: Tensor | None,
+    logits: Tensor, target: Tensor, numbers: RowNumbers, spec: RowSpec, class_weight: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """See `xent._rows.dispatch.row_gradient`."""
     if out is None:
         out = advise_huge_pages(torch.empty_like(logits))
     C, dtype, soft = logits.shape[2], compute_dtype(logits), target.is_floating_point()
-    g_lse, g_picked, g_wsum, g_entropy = upstream
+    top, lse, g_lse, g_picked, g_wsum, g_entropy = numbers
     all_held, kept, mask = _kept(target, spec, C)
     if kept is not None:
         out[(target == spec.ignore_index).nonzero(as_tuple=True)] = 0

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._backends import advise_huge_pages, check_range
-from .._records import HeadRows, Layout, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, rows_that_count
+from .._records import HeadRows, Layout, Objective, RowNumbers, RowSpec, Stats, Wanted, compute_dtype, rows_that_count
 from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
 from .products import ROWS_LAST, TILE, add_outer, block_dtype, hidden_gradient, logits_of
@@ -132,7 +132,7 @@ class Grads:
             if large is not None:
                 advise_huge_pages(large)
 
-    def add(self, block: Block, top: Tensor, lse: Tensor, upstream: Upstream, g_q: Tensor | None) -> None:
+    def add(self, block: Block, numbers: RowNumbers, g_q: Tensor | None) -> None:
         """One block, whose logits are overwritten by their gradient; all numbers per row are (1, n).
 
         `g_q`: the gradient of `prob`, (1, n, K); for probabilities that of their mass.
@@ -145,12 +145,13 @@ class Grads:
             count = max(1, FEW // x.shape[2])
             for part in (slice(i, i + count) for i in range(0, x.shape[1], count)):
                 mass = None if g_q is None else g_q[:, part]
-                d = coefficient_gradient(x[:, part], top[:, part], upstream.picked[:, part], mass, spec)[0]
+                top, g_picked = numbers.top[:, part], numbers.g_picked[:, part]
+                d = coefficient_gradient(x[:, part], top, g_picked, mass, spec)[0]
                 self.dq[where[part]] = (d if class_weight is None else d.mul_(class_weight)).to(self.dq.dtype)
         if self.dh is None and self.dW is None and self.db is None:
             return
         layout = Layout(2, *x.shape[:2])
-        G = operators.row_gradient(x, block.target, top, lse, upstream, class_weight, layout, spec, inplace=True)[0]
+        G = operators.row_gradient(x, block.target, numbers, class_weight, layout, spec, inplace=True)[0]
         if self.dh is not None:
             self.dh[block.rows] = hidden_gradient(G, self.blocks.weight)
         if self.db is not None:
@@ -194,24 +195,24 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
             whole = objective.of_candidates(stats, terms, block.target, block.prob, ignored)
         total += objective.row_losses(*whole, formula).sum() * factor
         if any(needs):
-            upstream = objective.row_upstream(stats.top, stats.lse, whole[0].mass, whole[1], formula, g)
+            numbers = objective.numbers_of_loss(stats.top, stats.lse, whole[0].mass, whole[1], formula, g)
             if block.prob is None:
-                g_q = -upstream.picked * stats.lse if needs[3] else None  # of lse mass - picked
+                g_q = -numbers.g_picked * stats.lse if needs[3] else None  # of lse mass - picked
             else:
                 given = (stats, terms, block.target, block.prob, ignored)
-                upstream, g_q = objective.candidate_upstream(upstream, *given)
-            grads.add(block, stats.top, stats.lse, upstream, g_q)
+                numbers, g_q = objective.numbers_of_candidates(numbers, *given)
+            grads.add(block, numbers, g_q)
     return [total, *grads.found()]
 
 
 def exact_grads(
-    rows: HeadRows, stats: Stats, upstream: Upstream, g_mass: Tensor | None, options: HeadOptions, needs: Needs
+    rows: HeadRows, numbers: RowNumbers, g_mass: Tensor | None, options: HeadOptions, needs: Needs
 ) -> list[Tensor]:
     """Those gradients of `HeadRows.sources` that are wanted, from numbers per row, (1, N) each."""
     blocks = Blocks(rows, options)
     grads = Grads(blocks, needs)
     for block in blocks:
-        part = Upstream(*[None if g is None else g[:, block.rows] for g in upstream])  # type: ignore[arg-type]
+        part = RowNumbers(*[None if n is None else n[:, block.rows] for n in numbers])  # type: ignore[arg-type]
         mass = None if g_mass is None else g_mass[:, block.rows]
-        grads.add(block, stats.top[:, block.rows], stats.lse[:, block.rows], part, mass)
+        grads.add(block, part, mass)
     return grads.found()

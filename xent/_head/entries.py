@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._backends import slope
-from .._records import HeadRows, Stats, Upstream, compute_dtype, statistics_dtype
+from .._records import HeadRows, RowNumbers, compute_dtype, statistics_dtype
 from .._rows import dispatch, objective
 from .blocks import Blocks, HeadOptions, Needs, exact_grads, in_their_dtypes
 
@@ -32,6 +32,7 @@ GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 class Entries(NamedTuple):
     """The sparse softmax: of row n the entries from ends[n - 1] to ends[n]. All are None if the gradient is exact."""
 
+    picked: Tensor  #   (1, N) of the target, whose own entry is computed from it
     ends: Tensor  #     (N,) int64
     classes: Tensor  #  (E,) int32
     p: Tensor  #        (E,) probabilities, in `compute_dtype`; those below the resolution count as that
@@ -84,22 +85,16 @@ def stats_of(rows: HeadRows, factor: Tensor | None, options: HeadOptions) -> lis
 
 @in_their_dtypes
 def stats_grads(
-    rows: HeadRows,
-    stats: Stats,
-    entries: Entries,
-    upstream: Upstream,
-    g_mass: Tensor | None,
-    options: HeadOptions,
-    needs: Needs,
+    rows: HeadRows, entries: Entries, numbers: RowNumbers, g_mass: Tensor | None, options: HeadOptions, needs: Needs
 ) -> list[Tensor]:
     """Those gradients of `HeadRows.sources` that are wanted, each in its tensor's dtype; with entries, sparse."""
     tensors = [t for t, needed in zip(rows.sources, needs, strict=True) if needed and t is not None]
-    sparse, rest = entries.ends is not None, upstream
+    sparse, rest = entries.ends is not None, numbers
     if sparse:  # of probabilities all but p is dense: it takes its products, and the logits once more
-        rest = Upstream(torch.zeros_like(upstream.lse), upstream.picked, upstream.wsum)
+        rest = numbers._replace(g_lse=torch.zeros_like(numbers.lse), g_entropy=None)
     dense = not sparse or rows.target.is_floating_point()
-    exact = exact_grads(rows, stats, rest, g_mass, options, needs) if dense else []
-    found = _sparse_part(rows, stats, entries, upstream, options, needs) if sparse else []
+    exact = exact_grads(rows, rest, g_mass, options, needs) if dense else []
+    found = _sparse_part(rows, entries, numbers, options, needs) if sparse else []
     for part, other in zip(found, exact, strict=False):
         part += other
     found += exact[len(found) :]
@@ -107,15 +102,15 @@ def stats_grads(
 
 
 def _sparse_part(
-    rows: HeadRows, stats: Stats, entries: Entries, upstream: Upstream, options: HeadOptions, needs: Needs
+    rows: HeadRows, entries: Entries, numbers: RowNumbers, options: HeadOptions, needs: Needs
 ) -> list[Tensor]:
     """Of hidden, weight and bias: all but what is dense in itself."""
     count = int(entries.ends[-1]) if len(entries.ends) else 0  # behind them there may be room that no row took
     entries = entries._replace(classes=entries.classes[:count], p=entries.p[:count])
     hidden, weight, _, target, *_ = rows
     soft, compute, device = target.is_floating_point(), compute_dtype(weight), hidden.device
-    coefficient = coefficients(target, stats, entries, upstream, options, compute)
-    rank_one = upstream.wsum is not None and not soft
+    coefficient = coefficients(target, entries, numbers, options, compute)
+    rank_one = numbers.g_wsum is not None and not soft
     exact = compute if soft or rank_one else None  # what is still added to
     dh = dW = db = None
     if needs[0]:
@@ -128,10 +123,10 @@ def _sparse_part(
     if needs[2]:
         ones = torch.ones(len(hidden), 1, dtype=compute, device=device)
         db = dispatch.gather_sums(*by_class, ones, compute)[:, 0]
-    if rank_one and upstream.wsum is not None:
+    if rank_one and numbers.g_wsum is not None:
         kept = (target != options.spec.ignore_index).nonzero()[:, 0]
         a = torch.zeros(len(hidden), dtype=compute, device=device)
-        a[kept] = (upstream.wsum[0][kept] * options.spec.scale).to(compute)
+        a[kept] = (numbers.g_wsum[0][kept] * options.spec.scale).to(compute)
         w = options.class_weight(rows)
         w = torch.ones(len(weight), dtype=compute, device=device) if w is None else w
         classes = torch.arange(len(weight), dtype=torch.int32, device=device)
@@ -151,17 +146,17 @@ def _sum(index: Tensor, coefficient: Tensor, rows: Tensor) -> Tensor:
 
 
 def coefficients(
-    target: Tensor, stats: Stats, entries: Entries, upstream: Upstream, options: HeadOptions, dtype: torch.dtype
+    target: Tensor, entries: Entries, numbers: RowNumbers, options: HeadOptions, dtype: torch.dtype
 ) -> Tensor:
     """Of the entries (E,): what of the logits' gradient is theirs. That of the target is computed in float64."""
-    top, lse, picked = stats.top[0], stats.lse[0], stats.picked[0]
+    top, lse, picked = numbers.top[0], numbers.lse[0], entries.picked[0]
     _, scale, softcap, *_ = options.spec
     soft = target.is_floating_point()
-    g, g_entropy = upstream.lse[0] * scale, None if upstream.entropy is None else upstream.entropy[0] * scale
+    g, g_entropy = numbers.g_lse[0] * scale, None if numbers.g_entropy is None else numbers.g_entropy[0] * scale
     if not soft:
         log_p = picked - lse
         own = g if g_entropy is None else g - g_entropy * log_p.clamp(min=-1e4)
-        own = log_p.exp() * own + upstream.picked[0] * scale
+        own = log_p.exp() * own + numbers.g_picked[0] * scale
         own = own * slope(picked + top, 1, softcap)
         local = (target - options.spec.start).int()
     found, ends = torch.empty(len(entries.p), dtype=dtype, device=target.device), entries.ends

@@ -15,9 +15,9 @@ from torch import Tensor
 from .. import _torch
 from .._backends import advise_huge_pages
 from .._inputs.head import LinearRows
-from .._records import HeadRows, Objective, RowSpec, Stats, Upstream, Wanted, compute_dtype, statistics_dtype
+from .._records import HeadRows, Objective, RowNumbers, RowSpec, Stats, Wanted, compute_dtype, statistics_dtype
 from .._rows import objective
-from .._rows.functions import OnceDifferentiable, once_differentiable, upstream_of
+from .._rows.functions import OnceDifferentiable, numbers_of_stats, once_differentiable
 from .._rows.operators import FIELDS, apply, define, differentiate, run
 from .blocks import HeadOptions, Needs, loss_and_grads
 from .entries import Entries, stats_grads, stats_of
@@ -30,7 +30,7 @@ BATCHED = (
     "blocks of logits once more; call torch.autograd.grad in a loop"
 )
 BATCHED_SPARSE = "is_grads_batched=True of a linear head with a sparse gradient; call torch.autograd.grad in a loop"
-NO_ENTRIES = Entries(None, None, None)  # type: ignore[arg-type]
+NO_ENTRIES = Entries(None, None, None, None)  # type: ignore[arg-type]
 
 
 def with_seed(rows: HeadRows, resolution: float | None, generator: torch.Generator | None) -> HeadRows:
@@ -154,49 +154,41 @@ class HeadStats(NoTransforms, torch.autograd.Function):
         rows, (factor, ctx.options) = HeadRows.split(inputs)
         found = output if factor is None else output[1:]
         stats = ctx.options.wanted.unpack(found, rows.target.is_floating_point())
-        entries = NO_ENTRIES if rows.seed is None else output[-3:]
-        constants = (stats.top, stats.argmax, *entries) if factor is None else found
+        entries = NO_ENTRIES if rows.seed is None else Entries(stats.picked, *output[-3:])
+        constants = (stats.top, stats.argmax, *entries[1:]) if factor is None else found
         ctx.mark_non_differentiable(*[constant for constant in constants if constant is not None])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*rows, factor, *stats, *entries)
+        ctx.save_for_backward(*rows, factor, stats.top, stats.lse, stats.mass, stats.entropy, *entries)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads):
             return (None,) * 9
         options = ctx.options
-        rows, (factor, *numbers) = HeadRows.split(ctx.saved_tensors)
-        stats, entries = Stats(*numbers[:-3]), Entries(*numbers[-3:])
+        rows, (factor, top, lse, mass, entropy, *entries) = HeadRows.split(ctx.saved_tensors)
         target, soft = rows.target[None], rows.target.is_floating_point()
         with torch.no_grad():
             if factor is None:
                 g = options.wanted.unpack(grads, soft)
-                upstream, g_mass = upstream_of(g, stats.lse, stats.entropy, target), g.mass
+                numbers, g_mass = numbers_of_stats(g, top, lse, entropy, target), g.mass
             else:
                 formula, share = options.formula, grads[0] * factor
                 terms = objective.class_terms(target, rows.class_weight, len(rows.weight), formula)
-                upstream = objective.row_upstream(stats.top, stats.lse, stats.mass, terms, formula, share)
-                g_mass = -upstream.picked * stats.lse if soft else None  # of lse mass - picked
+                numbers = objective.numbers_of_loss(top, lse, mass, terms, formula, share)
+                g_mass = -numbers.g_picked * lse if soft else None  # of lse mass - picked
         needs = ctx.needs_input_grad[: len(rows.sources)]
-        found = stats_backward(rows, stats, entries, upstream, g_mass, options, needs)
+        found = stats_backward(rows, Entries(*entries), numbers, g_mass, options, needs)
         return *[once_differentiable(grad, rows.sources, GONE) for grad in found], *[None] * 4
 
 
 def stats_backward(
-    rows: HeadRows,
-    stats: Stats,
-    entries: Entries,
-    upstream: Upstream,
-    g_mass: Tensor | None,
-    options: HeadOptions,
-    needs: Needs,
+    rows: HeadRows, entries: Entries, numbers: RowNumbers, g_mass: Tensor | None, options: HeadOptions, needs: Needs
 ) -> list[Tensor | None]:
     """The gradients of `HeadRows.sources` that are wanted, without a graph of their own."""
-    if any(map(_torch.is_batched_gradient, (*upstream, g_mass))):
+    if any(map(_torch.is_batched_gradient, (*numbers, g_mass))):
         raise NotImplementedError(BATCHED if entries.ends is None else BATCHED_SPARSE)
     with torch.no_grad():
-        given = rows, stats, entries, upstream, g_mass, options, list(needs)
-        found = iter(run("head_gradients", stats_grads, *given))
+        found = iter(run("head_gradients", stats_grads, rows, entries, numbers, g_mass, options, list(needs)))
         return [next(found) if needed else None for needed in needs]
 
 
@@ -262,10 +254,9 @@ FIELDS[HeadOptions] = (
     *(RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift"),
     *(Wanted, Objective, "float? resolution"),
 )
-FIELDS[Stats] = tuple(f"Tensor{'?' * (i > 2)} stats_{name}" for i, name in enumerate(Stats._fields))
 FIELDS[Entries] = tuple(f"Tensor? entry_{name}" for name in Entries._fields)
 _LOSS = (HeadRows, "Tensor factor", HeadOptions, "bool[] needs")
-_GRADIENTS = (HeadRows, Stats, Entries, Upstream, "Tensor? g_mass", HeadOptions, "bool[] needs")
+_GRADIENTS = (HeadRows, Entries, RowNumbers, "Tensor? g_mass", HeadOptions, "bool[] needs")
 define("head_loss", _LOSS, "Tensor[]", loss_and_grads, _empty_loss)
 define("head_statistics", (HeadRows, "Tensor? factor", HeadOptions), "Tensor[]", _statistics, _empty_statistics)
 define("head_gradients", _GRADIENTS, "Tensor[]", stats_grads, _empty_gradients)

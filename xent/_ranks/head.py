@@ -22,7 +22,7 @@ from .._head.blocks import HeadOptions
 from .._head.entries import Entries, stats_of
 from .._head.functions import GONE, NO_ENTRIES, NoTransforms, empty_entries, stats_backward, with_room
 from .._records import HeadRows, Stats, compute_dtype
-from .._rows.functions import once_differentiable, upstream_of
+from .._rows.functions import numbers_of_stats, once_differentiable
 from .._rows.objective import ClassTerms
 from .._rows.operators import apply, define, differentiate, run
 from .combine import Gathered, combine, empty_gathered, gather
@@ -53,7 +53,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         ctx.set_materialize_grads(False)
         count = len(output) - _entries(rows)
         saved = rows._replace(class_weight=None)  # in `Gathered`: the part of the classes held here
-        ctx.save_for_backward(*saved, *Gathered.unpack(output[:count]), *(output[count:] or NO_ENTRIES))
+        ctx.save_for_backward(*saved, *Gathered.unpack(output[:count]), *(output[count:] or NO_ENTRIES[1:]))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -67,8 +67,9 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
         with torch.no_grad():
             given = options.wanted.unpack(flowing, y.is_floating_point())
-            upstream, entries = upstream_of(given, own.lse, own.entropy, y[None]), Entries(*found[3:])
-            grads = stats_backward(part, own, entries, upstream, given.mass, local, needs)
+            numbers = numbers_of_stats(given, own.top, own.lse, own.entropy, y[None])
+            entries = Entries(own.picked, *found[3:])
+            grads = stats_backward(part, entries, numbers, given.mass, local, needs)
             if needs[0] and grads[0] is not None and group.size() > 1:
                 total = _torch.all_reduce(grads[0].to(compute_dtype(grads[0])), ctx.group)
                 grads[0] = total.to(rows.hidden.dtype)

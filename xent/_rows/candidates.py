@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._backends import check_range, scores, slope
-from .._records import RowSpec, Stats, Upstream, Wanted, rows_that_count
+from .._records import RowNumbers, RowSpec, Stats, Wanted, rows_that_count
 
 
 def row_statistics(
@@ -38,27 +38,26 @@ def row_gradient(
     run: Callable[..., Tensor],
     logits: Tensor,
     target: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
+    numbers: RowNumbers,
     spec: RowSpec,
     class_weight: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """`dispatch.row_gradient` by way of `run`, that of a backend; `upstream.picked` is (A, B, K)."""
+    """`dispatch.row_gradient` by way of `run`, that of a backend; `numbers.g_picked` is (A, B, K)."""
+    top, lse, g_lse, g_picked, g_wsum, g_entropy = numbers
     at, elsewhere = _local(target, spec, logits.shape[2])
     at, order = at.sort(2)
     z = scores(logits.gather(2, at), spec.scale, spec.softcap).to(lse.dtype)  # before `out` is written
     y, given = _nobody(target, spec, logits.shape[2])
-    of_pass = upstream._replace(picked=torch.zeros_like(top[:1, :1]).expand_as(top))
-    found = run(logits, y, top, lse, of_pass, given, class_weight, out)
+    of_pass = numbers._replace(g_picked=torch.zeros_like(top[:1, :1]).expand_as(top))
+    found = run(logits, y, of_pass, given, class_weight, out)
 
     log_p = (z - top[..., None]).sub_(lse[..., None]).clamp_(min=-1e4)  # p log p is 0 where p is 0
-    g = upstream.lse[..., None]
-    d = log_p.exp().mul_(g if upstream.entropy is None else g - upstream.entropy[..., None] * log_p)
-    d += _sum_of_equals(at, upstream.picked.masked_fill(elsewhere, 0).gather(2, order))
-    if upstream.wsum is not None:
-        d += upstream.wsum[..., None] * (1 if class_weight is None else class_weight[at])
+    g = g_lse[..., None]
+    d = log_p.exp().mul_(g if g_entropy is None else g - g_entropy[..., None] * log_p)
+    d += _sum_of_equals(at, g_picked.masked_fill(elsewhere, 0).gather(2, order))
+    if g_wsum is not None:
+        d += g_wsum[..., None] * (1 if class_weight is None else class_weight[at])
     d *= slope(z, spec.scale, spec.softcap)
     d.masked_fill_((y == spec.ignore_index)[..., None], 0)
     return found.scatter_(2, at, d.to(found.dtype))

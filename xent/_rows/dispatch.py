@@ -40,7 +40,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._backends import check_range
-from .._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype, has_candidates, rows_that_count
+from .._records import RowNumbers, RowSpec, Samples, Stats, Wanted, compute_dtype, has_candidates, rows_that_count
 from . import candidates
 
 BACKENDS = ("native", "triton", "eager")  # in order of preference
@@ -73,9 +73,7 @@ def row_statistics(
 def row_gradient(
     logits: Float[Tensor, "A B C"],
     target: Int[Tensor, "A B"] | Int[Tensor, "A B K"] | Float[Tensor, "A B C"],
-    top: Float[Tensor, "A B"],
-    lse: Float[Tensor, "A B"],
-    upstream: Upstream,
+    numbers: RowNumbers,
     spec: RowSpec,
     class_weight: Float[Tensor, " C"] | None = None,
     out: Float[Tensor, "A B C"] | None = None,
@@ -93,7 +91,7 @@ def row_gradient(
     if logits.numel() == 0:
         return torch.empty_like(logits) if out is None else out
     run = _function("row_gradient", logits, target)
-    found: Tensor = run(logits, target, top, lse, upstream, spec, class_weight, out)
+    found: Tensor = run(logits, target, numbers, spec, class_weight, out)
     if out is not None:  # whoever saved the old values for backward finds out, as after any in-place operation
         torch.autograd.graph.increment_version(out)
     return found

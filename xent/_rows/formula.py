@@ -36,8 +36,8 @@ def losses_gradient(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
     y, class_weight, terms = of_rows(input, target, layout, weight, formula)
     share = (g.reshape(layout.A, layout.B) if g.dim() else g).to(lse.dtype)
     share = share if divisor is None else share / divisor
-    upstream = objective.row_upstream(top, lse, mass, terms, formula, share)
-    return operators.row_gradient(input, y, top, lse, upstream, class_weight, layout, spec, out is not None)
+    numbers = objective.numbers_of_loss(top, lse, mass, terms, formula, share)
+    return operators.row_gradient(input, y, numbers, class_weight, layout, spec, out is not None)
 
 
 def of_rows(

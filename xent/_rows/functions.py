@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Layout, RowSpec, Stats, Upstream, Wanted, has_candidates
+from .._records import Layout, RowNumbers, RowSpec, Stats, Wanted, has_candidates
 from . import operators
 from .derivatives import Gradient, RowTerms, coefficient_gradient, gradient_vjp_by_blocks, over_rows, stats_jvp
 
@@ -136,11 +136,11 @@ def stats_backward(
     """Gradients of input, target and class weight. `saved`: unpacked once, since a checkpoint allows no more."""
     input, target, class_weight, top, lse, entropy = saved
     g = wanted.unpack(grads, target.is_floating_point())
-    upstream = upstream_of(g, lse, entropy, target)
+    numbers = numbers_of_stats(g, top, lse, entropy, target)
     d_input = d_target = d_weight = None
     if needs[1] or needs[2]:  # of probabilities q and class weights w, which enter picked, mass and wsum linearly
         logits = layout.rows(input)
-        d = coefficient_gradient(logits, top, upstream.picked, g.mass, spec)
+        d = coefficient_gradient(logits, top, numbers.g_picked, g.mass, spec)
         if needs[1]:
             d_target = (d if class_weight is None else d * class_weight).to(target.dtype)
         if needs[2]:
@@ -153,15 +153,15 @@ def stats_backward(
                 "inplace_backward=True: the gradient replaces the logits, so it cannot be differentiated again; "
                 "use inplace_backward=False with create_graph=True and torch.func"
             )
-        d_input = operators.row_gradient(input, target, top, lse, upstream, class_weight, layout, spec, inplace)
+        d_input = operators.row_gradient(input, target, numbers, class_weight, layout, spec, inplace)
     elif needs[0]:
-        arguments = (input, target, top, lse, *upstream, class_weight, layout, spec)
+        arguments = (input, target, *numbers, class_weight, layout, spec)
         # A compiler that traces the backward refuses a Function with a jvp, as above.
         d_input = RowGrad.forward(*arguments) if torch.compiler.is_compiling() else RowGrad.apply(*arguments)  # type: ignore[no-untyped-call]
     return d_input, d_target, d_weight
 
 
-def upstream_of(g: Stats, lse: Tensor, entropy: Tensor | None, target: Tensor) -> Upstream:
+def numbers_of_stats(g: Stats, top: Tensor, lse: Tensor, entropy: Tensor | None, target: Tensor) -> RowNumbers:
     """What `row_gradient` takes, from the gradients of the statistics, of which any may be missing."""
     g_lse = torch.zeros_like(lse) if g.lse is None else g.lse
     g_picked = g.picked
@@ -169,16 +169,16 @@ def upstream_of(g: Stats, lse: Tensor, entropy: Tensor | None, target: Tensor) -
         g_picked = lse.new_zeros(target.shape) if has_candidates(target) else torch.zeros_like(lse)
     if g.entropy is not None and entropy is not None:
         g_lse = g_lse - g.entropy * entropy  # of -p (log p + entropy), the part that is one number per row
-    return Upstream(g_lse, g_picked, g.wsum, g.entropy)
+    return RowNumbers(top, lse, g_lse, g_picked, g.wsum, g.entropy)
 
 
 class RowGrad(torch.autograd.Function):
-    """(input, target, top, lse, *Upstream, class_weight) -> the gradient of the logits, by `dispatch.row_gradient`."""
+    """(input, target, *RowNumbers, class_weight) -> the gradient of the logits, by `dispatch.row_gradient`."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        input, target, top, lse, *upstream, class_weight, layout, spec = arguments
-        return operators.row_gradient(input, target, top, lse, Upstream(*upstream), class_weight, layout, spec)
+        input, target, *numbers, class_weight, layout, spec = arguments
+        return operators.row_gradient(input, target, RowNumbers(*numbers), class_weight, layout, spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

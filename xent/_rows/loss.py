@@ -3,7 +3,7 @@
 Both evaluate the same formula. Written with autograd it is a node for each operation on one number per row, which costs
 more time than the logits of a small batch. `Loss` takes these numbers without a graph, and in backward
 
-    dx = row_gradient(upstream),     upstream = d loss / d (lse, picked, wsum)     from `objective.row_upstream`
+    dx = row_gradient(d loss / d (lse, picked, wsum)),      which `objective.numbers_of_loss` knows
 
 The graph is for higher derivatives, forward mode, torch.func and compilers, and where anything but the logits is
 differentiated.

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._records import Objective, Stats, Upstream, rows_that_count, statistics_dtype
+from .._records import Objective, RowNumbers, Stats, rows_that_count, statistics_dtype
 
 
 class ClassTerms(NamedTuple):
@@ -59,15 +59,15 @@ def of_candidates(
     return stats._replace(picked=(k * picked).sum(2), mass=k.sum(2)), terms._replace(row_weight=None)
 
 
-def candidate_upstream(
-    upstream: Upstream, stats: Stats, terms: ClassTerms, target: Tensor, q: Tensor, ignore_index: int
-) -> tuple[Upstream, Tensor]:
-    """From `row_upstream` of a distribution to that of its K candidates; and the gradient of q, (A, B, K)."""
-    ignored, g = target == ignore_index, upstream.picked[..., None]
+def numbers_of_candidates(
+    numbers: RowNumbers, stats: Stats, terms: ClassTerms, target: Tensor, q: Tensor, ignore_index: int
+) -> tuple[RowNumbers, Tensor]:
+    """From `numbers_of_loss` of a distribution to that of its K candidates; and the gradient of q, (A, B, K)."""
+    ignored, g = target == ignore_index, numbers.g_picked[..., None]
     g = g if terms.row_weight is None else g * terms.row_weight
     g_picked = (g * q).masked_fill(ignored, 0)
     picked = stats.picked.masked_fill((g_picked == 0) & (stats.picked == -torch.inf), 0)  # as above
-    return upstream._replace(picked=g_picked), (g * (picked - stats.lse[..., None])).masked_fill(ignored, 0)
+    return numbers._replace(g_picked=g_picked), (g * (picked - stats.lse[..., None])).masked_fill(ignored, 0)
 
 
 def row_weights(target: Tensor, weight: Tensor, ignore_index: int) -> Tensor:
@@ -89,9 +89,9 @@ def row_losses(stats: Stats, terms: ClassTerms, objective: Objective) -> Tensor:
     return loss if z_loss == 0 else loss + z_loss * (top + lse) ** 2
 
 
-def row_upstream(
+def numbers_of_loss(
     top: Tensor, lse: Tensor, mass: Tensor | None, terms: ClassTerms, objective: Objective, g: Tensor
-) -> Upstream:
+) -> RowNumbers:
     """Derivatives of sum_n g_n loss_n with respect to lse, picked and wsum, for whoever needs them without autograd.
 
     `g` is one number for all rows (0-d) or one for each.
@@ -107,7 +107,7 @@ def row_upstream(
         g_lse, g_wsum = g_lse + share * terms.weight_sum, (-share).expand_as(lse)
     if z_loss != 0:
         g_lse = g_lse + g * (2 * z_loss) * (top + lse)
-    return Upstream(g_lse.expand_as(lse), g_picked.expand_as(lse), g_wsum)
+    return RowNumbers(top, lse, g_lse.expand_as(lse), g_picked.expand_as(lse), g_wsum)
 
 
 def divisor(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import HeadRows, Layout, RowSpec, Stats, Upstream, Wanted
+from .._records import HeadRows, Layout, RowNumbers, RowSpec, Stats, Wanted
 from . import dispatch
 
 # An operator has no records but their fields, one by one: their types and names, in their order.
@@ -22,7 +22,10 @@ FIELDS: dict[type, tuple[Any, ...]] = {
     Layout: ("int axis", "SymInt A", "SymInt B"),
     RowSpec: ("int ignore_index", "float scale", "float? softcap", "SymInt start", "SymInt? classes"),
     Wanted: ("bool wsum", "bool entropy", "bool argmax"),
-    Upstream: ("Tensor g_lse", "Tensor g_picked", "Tensor? g_wsum", "Tensor? g_entropy"),
+    RowNumbers: (
+        *("Tensor top", "Tensor lse"),
+        *("Tensor g_lse", "Tensor g_picked", "Tensor? g_wsum", "Tensor? g_entropy"),
+    ),
     HeadRows: (
         *("Tensor hidden", "Tensor weight", "Tensor? bias"),
         *("Tensor target", "Tensor? prob", "Tensor? class_weight", "Tensor? seed"),
@@ -44,9 +47,7 @@ def row_statistics(
 def row_gradient(
     input: Tensor,
     target: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
+    numbers: RowNumbers,
     class_weight: Tensor | None,
     layout: Layout,
     spec: RowSpec,
@@ -54,12 +55,12 @@ def row_gradient(
 ) -> Tensor:
     """`dispatch.row_gradient` in the shape of the logits: fresh, or in their memory."""
     out = input.detach() if inplace else None
-    if not _torch.needs_operator(input, target, *upstream, class_weight):
-        return _gradient(input, target, top, lse, upstream, class_weight, layout, spec, out=out)
-    flat = (target, top, lse, *upstream, class_weight, *layout, *spec)
+    if not _torch.needs_operator(input, target, *numbers, class_weight):
+        return _gradient(input, target, numbers, class_weight, layout, spec, out=out)
+    flat = (target, *numbers, class_weight, *layout, *spec)
     if out is None:
         return torch.ops.xent.row_gradient(input, *flat)  # type: ignore[no-any-return]
-    if any(map(_torch.is_batched_gradient, upstream)):
+    if any(map(_torch.is_batched_gradient, numbers[2:])):
         raise RuntimeError(
             "inplace_backward: expected one gradient, which replaces the logits; got is_grads_batched=True"
         )
@@ -130,7 +131,7 @@ def _arguments(name: str, flat: Sequence[Any]) -> list[Any]:
 
 def _of_function(arguments: Sequence[Any]) -> list[Any]:
     """Those of a Function: records too, but autograd must see each tensor."""
-    return [x for given in arguments for x in (given if isinstance(given, (HeadRows, Upstream)) else (given,))]
+    return [x for given in arguments for x in (given if isinstance(given, (HeadRows, RowNumbers)) else (given,))]
 
 
 def _schema(parameter: Any) -> str:
@@ -149,9 +150,9 @@ def _empty_statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Te
 
 
 def _gradient(input: Tensor, *arguments: Any, out: Tensor | None = None) -> Tensor:
-    target, top, lse, upstream, class_weight, layout, spec = arguments
+    target, numbers, class_weight, layout, spec = arguments
     rows = None if out is None else layout.rows(out)
-    found = dispatch.row_gradient(layout.rows(input), target, top, lse, upstream, spec, class_weight, rows)
+    found = dispatch.row_gradient(layout.rows(input), target, numbers, spec, class_weight, rows)
     # A tensor of its own and no view, so that autograd may add the next gradient to it in place.
     return layout.restore(found, input.shape).data if out is None else out
 
@@ -169,7 +170,7 @@ def _empty_gradient(input: Tensor, *arguments: Any) -> Tensor:
 # `inplace` is for the derivative, which may write over the logits.
 STATISTICS = (Layout, RowSpec, Wanted, "bool inplace")
 _ROWS = ("Tensor input", "Tensor target", "Tensor? class_weight", *STATISTICS)
-_NUMBERS = ("Tensor target", "Tensor top", "Tensor lse", Upstream, "Tensor? class_weight", Layout, RowSpec)
+_NUMBERS = ("Tensor target", RowNumbers, "Tensor? class_weight", Layout, RowSpec)
 define("row_statistics", _ROWS, "Tensor[]", _statistics, _empty_statistics)
 define("row_gradient", ("Tensor input", *_NUMBERS), "Tensor", _gradient, _empty_gradient)
 define("row_gradient_", ("Tensor(a!) input", *_NUMBERS), "()", _write_gradient, lambda *_: None)

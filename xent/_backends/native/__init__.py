@@ -18,10 +18,10 @@ from ... import _torch
 from ..._records import (
     Layout,
     Objective,
+    RowNumbers,
     RowSpec,
     Samples,
     Stats,
-    Upstream,
     Wanted,
     compute_dtype,
     has_candidates,
@@ -59,21 +59,14 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
 
 
 def row_gradient(
-    logits: Tensor,
-    target: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    spec: RowSpec,
-    class_weight: Tensor | None,
-    out: Tensor | None,
+    logits: Tensor, target: Tensor, numbers: RowNumbers, spec: RowSpec, class_weight: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """See `xent._rows.dispatch.row_gradient`."""
-    numbers = [_plain(x) for x in (top, lse, *upstream)]
+    given = [_plain(x) for x in numbers]
     if has_candidates(target):
-        numbers[3] = upstream.picked.resolve_neg().to(FLOAT64).contiguous()
+        given[3] = numbers.g_picked.resolve_neg().to(FLOAT64).contiguous()
     fresh, out = out is None, _memory(out, logits, target)
-    _native.gradient(*_read(logits, target, spec), _plain(class_weight), *numbers, out, fresh)
+    _native.gradient(*_read(logits, target, spec), _plain(class_weight), *given, out, fresh)
     return out
 
 

@@ -36,7 +36,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..._records import RowSpec, Samples, Stats, Upstream, Wanted, compute_dtype
+from ..._records import RowNumbers, RowSpec, Samples, Stats, Wanted, compute_dtype
 from .. import assert_on_device, check_range, refusal_to_read
 
 try:
@@ -102,22 +102,14 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
 
 
 def row_gradient(
-    logits: Tensor,
-    target: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    spec: RowSpec,
-    class_weight: Tensor | None,
-    out: Tensor | None,
+    logits: Tensor, target: Tensor, numbers: RowNumbers, spec: RowSpec, class_weight: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """See `xent._rows.dispatch.row_gradient`."""
     A, B, C = logits.shape
     ignore_index, scale, softcap, start, _ = spec
     if out is None:
         out = torch.empty_like(logits)  # dense, in the same order of memory
-    numbers = (top, lse, *upstream)
-    per_class = target.is_floating_point() or upstream.wsum is not None
+    per_class = target.is_floating_point() or numbers.g_wsum is not None
     w = class_weight.contiguous() if class_weight is not None and per_class else None
     config = configure(logits, target, w, scale, softcap, out)
     N, batch_size = A * B, B if config.side_by_side else batch(logits, out, target, *numbers)
