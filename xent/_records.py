@@ -32,10 +32,6 @@ class Layout(NamedTuple):
         """The target of logits of `ndim` dimensions as rows: (A, B), or with K indices or C probabilities for each."""
         return self.rows(target) if target.dim() == ndim else target.reshape(self.A, self.B)
 
-    def of_rows(self) -> Layout:
-        """That of the rows themselves, (A, B, C)."""
-        return Layout(2, self.A, self.B)
-
     def positions(self, shape: torch.Size) -> torch.Size:
         """The shape of one number per row."""
         return shape[: self.axis] + shape[self.axis + 1 :]
@@ -128,6 +124,24 @@ class Objective(NamedTuple):
     def wanted(self) -> Wanted:
         """The optional statistics that the formula reads."""
         return Wanted(wsum=self.label_smoothing > 0)
+
+
+class RowOptions(NamedTuple):
+    """What the statistics of some rows are asked for with, besides their tensors."""
+
+    layout: Layout
+    spec: RowSpec
+    wanted: Wanted
+    inplace: bool = False  # whether the derivative may write over the logits
+
+
+class LossOptions(NamedTuple):
+    """The same of their loss."""
+
+    layout: Layout
+    spec: RowSpec
+    formula: Objective
+    inplace: bool
 
 
 class RowNumbers(NamedTuple):

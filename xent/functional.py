@@ -15,10 +15,10 @@ from ._inputs.options import overridable
 from ._ranks.dtensor import distributed, on_logits
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.functions import rank_stats
-from ._records import Objective, RowSpec, Stats, Wanted, compute_dtype, has_candidates
+from ._records import LossOptions, Objective, RowOptions, RowSpec, Stats, Wanted, compute_dtype, has_candidates
 from ._rows import objective
 from ._rows.functions import row_stats
-from ._rows.loss import LossOptions, loss
+from ._rows.loss import loss
 
 
 @overridable
@@ -154,7 +154,7 @@ def cross_entropy(
         batch_options = LossOptions(layout, spec, formula, inplace_backward)
         return loss(input, y, weight, normalizer, target_prob, batch_options)
     y = layout.targets(y, input.dim())
-    stats, terms = rank_stats(input, y, weight, group, layout, spec, formula.wanted, inplace_backward)
+    stats, terms = rank_stats(input, y, weight, group, RowOptions(layout, spec, formula.wanted, inplace_backward))
     if target_prob is not None:
         stats, terms = objective.of_candidates(stats, terms, y, target_prob, ignore_index)
     return layout.shaped(objective.evaluate(stats, terms, y, normalizer, formula)[0], input.shape)
@@ -281,11 +281,11 @@ def token_stats(
                 f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"
             )
         y = layout.targets(y, input.dim())
-    spec, wanted = RowSpec(ignore_index, logit_scale, softcap), Wanted(False, entropy, prediction)
+    wanted = RowOptions(layout, RowSpec(ignore_index, logit_scale, softcap), Wanted(False, entropy, prediction))
     if group is None:
-        stats = row_stats(input, y, layout, spec, wanted)
+        stats = row_stats(input, y, None, wanted)
     else:
-        stats, _ = rank_stats(input, y, None, group, layout, spec, wanted)
+        stats, _ = rank_stats(input, y, None, group, wanted)
     return TokenStats._of(
         stats, y, ignore_index, compute_dtype(input), lambda numbers: layout.shaped(numbers, input.shape)
     )

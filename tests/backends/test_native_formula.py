@@ -12,7 +12,7 @@ from pairs import pairwise
 from torch import Tensor
 
 from xent._backends import eager, native
-from xent._records import Layout, Objective, RowSpec
+from xent._records import Layout, LossOptions, Objective, RowSpec
 from xent._rows import dispatch, formula
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -53,12 +53,12 @@ def test_formula(
     x, y = x.view(shape), y.view(A, B, -1) if soft else y.view(A, B)
     objective, spec = Objective(dtype=torch.float64, **options), RowSpec(classes=C)
     weight = weights(torch.rand(C, dtype=torch.float64))
-    layout = Layout(2, A, B)
+    call = LossOptions(Layout(2, A, B), spec, objective, False)
     g = torch.rand(A, B, dtype=torch.float64) if objective.reduction == "none" else torch.tensor(0.7)
 
     def find(module: Any) -> tuple[Tensor, Tensor, Tensor]:
-        value, divisor, *numbers = module.losses(x, y, layout, weight, None, spec, objective)
-        grad = module.losses_gradient(x, y, *numbers, layout, weight, g, divisor, spec, objective, None)
+        value, divisor, *numbers = module.losses(x, y, weight, None, call)
+        grad = module.losses_gradient(x, y, *numbers, weight, g, divisor, call)
         return value, torch.tensor(1.0 if divisor is None else float(divisor)), grad
 
     before = native._native.use(instructions)

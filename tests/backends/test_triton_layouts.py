@@ -221,7 +221,6 @@ def test_numbers(turn: int, logits: str) -> None:
     given = (stats.top, stats.lse, *numbers())
     top, lse, *g = (layout.hold(number) for layout, number in zip(layouts, given, strict=False))
     stats = stats._replace(top=top, lse=lse)
-    stats = stats._replace(top=top, lse=lse)
     assert_gradient(gradient(x, y, stats, Upstream(*g)), x, y, stats, Upstream(*g))
 
 

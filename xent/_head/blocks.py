@@ -27,7 +27,18 @@ from torch import Tensor
 
 from .. import _torch
 from .._backends import advise_huge_pages, check_range
-from .._records import HeadRows, Layout, Objective, RowNumbers, RowSpec, Stats, Wanted, compute_dtype, rows_that_count
+from .._records import (
+    HeadRows,
+    Layout,
+    Objective,
+    RowNumbers,
+    RowOptions,
+    RowSpec,
+    Stats,
+    Wanted,
+    compute_dtype,
+    rows_that_count,
+)
 from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
 from .products import ROWS_LAST, TILE, add_outer, block_dtype, hidden_gradient, logits_of
@@ -110,8 +121,8 @@ class Blocks:
 
     def stats(self, block: Block) -> Stats:
         """The statistics of a block, each (1, n)."""
-        x, layout, options = block.logits, Layout(2, *block.target.shape[:2]), self.options
-        return operators.row_statistics(x, block.target, layout, options.spec, options.wanted, self.class_weight)
+        options = RowOptions(Layout(2, *block.target.shape[:2]), self.options.spec, self.options.wanted)
+        return operators.row_statistics(block.logits, block.target, self.class_weight, options)
 
 
 class Grads:

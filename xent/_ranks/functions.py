@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import _torch
-from .._records import Layout, RowSpec, Stats, Wanted, compute_dtype
+from .._records import RowOptions, Stats, compute_dtype
 from .._rows import functions, operators
 from .._rows.objective import ClassTerms
 from .combine import Gathered, combine, empty_gathered, gather
@@ -31,23 +31,15 @@ REASON = f"group: a second derivative {WHY}"
 
 
 def rank_stats(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    group: ProcessGroup,
-    layout: Layout,
-    spec: RowSpec,
-    wanted: Wanted,
-    inplace: bool = False,
+    input: Tensor, target: Tensor, weight: Tensor | None, group: ProcessGroup, options: RowOptions
 ) -> tuple[Stats, ClassTerms]:
     """Differentiable `Stats` over the classes of all ranks, from the logits of this one.
 
     `weight` is over the classes held here, or over all of them.
     """
-    arguments = (input, target, weight, group.group_name, layout, spec, wanted, inplace)
-    found = operators.apply("rank_statistics", RankStats, *arguments)
-    ignored = None if target.is_floating_point() else target == spec.ignore_index
-    return combine(Gathered.unpack(found), target, ignored, weight is not None, wanted)
+    found = operators.apply("rank_statistics", RankStats, input, target, weight, group.group_name, options)
+    ignored = None if target.is_floating_point() else target == options.spec.ignore_index
+    return combine(Gathered.unpack(found), target, ignored, weight is not None, options.wanted)
 
 
 class RankStats(torch.autograd.Function):
@@ -59,7 +51,7 @@ class RankStats(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, _, ctx.group, *ctx.rest = inputs
+        input, target, _, ctx.group, ctx.options = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target, *Gathered.unpack(output))
@@ -67,23 +59,24 @@ class RankStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if g is None:
-            return (None,) * 8
+            return (None,) * 5
         input, target, *found = ctx.saved_tensors
-        layout, spec, wanted, inplace = ctx.rest
+        layout, spec, wanted, _ = ctx.options
         gathered, rank = Gathered(*found), _torch.process_group(ctx.group).rank()
         y, own, flowing = gathered.of_rank(rank, g, target, spec.ignore_index, input.shape[layout.axis], wanted)
         saved = (input, y, gathered.part, own.top, own.lse, own.entropy)
-        local, needs = spec._replace(ignore_index=-1), ctx.needs_input_grad
-        grads = functions.stats_backward(saved, flowing, layout, local, wanted, inplace, needs)
-        return *[functions.once_differentiable(d, (input, target), REASON) for d in grads[:2]], *[None] * 6
+        local = ctx.options._replace(spec=spec._replace(ignore_index=-1))
+        grads = functions.stats_backward(saved, flowing, local, ctx.needs_input_grad)
+        return *[functions.once_differentiable(d, (input, target), REASON) for d in grads[:2]], *[None] * 3
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         functions.refuse_mapped_weight(in_dims[2])
-        input, layout = functions.fold_input(info.batch_size, in_dims[0], args[0], args[4])
-        (target,) = functions.fold(info.batch_size, in_dims[1:2], args[1:2])
-        numbers, *rest = RankStats.apply(input, target, *args[2:4], layout, *args[5:])  # type: ignore[no-untyped-call]
-        split = numbers.unflatten(2, (info.batch_size, args[4].A))
+        (input, target, weight, group, options), N = args, info.batch_size
+        input, layout = functions.fold_input(N, in_dims[0], input, options.layout)
+        (target,) = functions.fold(N, in_dims[1:2], (target,))
+        numbers, *rest = RankStats.apply(input, target, weight, group, options._replace(layout=layout))  # type: ignore[no-untyped-call]
+        split = numbers.unflatten(2, (N, options.layout.A))
         return (split, *rest), (2, *[None] * len(rest))
 
     @staticmethod
@@ -91,12 +84,12 @@ class RankStats(torch.autograd.Function):
         raise NotImplementedError(f"group: forward mode {WHY}")
 
 
-def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *options: Any) -> list[Tensor]:
+def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, group: str, options: RowOptions) -> list[Tensor]:
     (layout, spec, wanted, _), soft = options, target.is_floating_point()
 
     def local(start: int, total: int, class_weight: Tensor | None) -> Stats:
         own, w = spec._replace(start=start, classes=total), class_weight if soft or wanted.wsum else None
-        return operators.row_statistics(input, target, layout, own, wanted, w)
+        return operators.row_statistics(input, target, w, options._replace(spec=own))
 
     ignore_index, scale, softcap, *_ = spec
     note = f"{layout.A * layout.B} rows of {input.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
@@ -105,12 +98,11 @@ def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, group: str
     return gather(group, note, target, ignored, weight, held, wanted, local)
 
 
-def _empty(input: Tensor, target: Tensor, weight: Tensor | None, group: str, *options: Any) -> list[Tensor]:
-    layout, _, wanted, _ = options
-    held, ranks = (input.shape[layout.axis], compute_dtype(input)), _torch.process_group(group).size()
-    return empty_gathered(target, held, weight is not None, ranks, wanted)
+def _empty(input: Tensor, target: Tensor, weight: Tensor | None, group: str, options: RowOptions) -> list[Tensor]:
+    held, ranks = (input.shape[options.layout.axis], compute_dtype(input)), _torch.process_group(group).size()
+    return empty_gathered(target, held, weight is not None, ranks, options.wanted)
 
 
-_ROWS = ("Tensor input", "Tensor target", "Tensor? weight", "str group", *operators.STATISTICS)
+_ROWS = ("Tensor input", "Tensor target", "Tensor? weight", "str group", RowOptions)
 operators.define("rank_statistics", _ROWS, "Tensor[]", _statistics, _empty)
 operators.differentiate("rank_statistics", RankStats)

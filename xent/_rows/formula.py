@@ -10,20 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .._records import Layout, Objective, RowSpec, compute_dtype
+from .._records import Layout, LossOptions, Objective, compute_dtype
 from . import dispatch, objective, operators
 
 
 def losses(
-    input: Tensor,
-    target: Tensor,
-    layout: Layout,
-    weight: Tensor | None,
-    normalizer: float | None,
-    spec: RowSpec,
-    formula: Objective,
+    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | None, options: LossOptions
 ) -> tuple[Any, ...]:
     """The loss of logits and a target in their own shapes, of each row or reduced; the divisor; tensors to save."""
+    layout, spec, formula, _ = options
     y, class_weight, terms = of_rows(input, target, layout, weight, formula)
     stats = dispatch.row_statistics(layout.rows(input), y, spec, formula.wanted, class_weight)
     value, divisor = objective.evaluate(stats, terms, y, normalizer, formula)
@@ -32,12 +27,13 @@ def losses(
 
 def losses_gradient(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """The gradient of sum(g * losses) / divisor with respect to the raw logits, in their shape; or in their memory."""
-    top, lse, mass, layout, weight, g, divisor, spec, formula, out = rest
+    top, lse, mass, weight, g, divisor, options = rest
+    layout, spec, formula, inplace = options
     y, class_weight, terms = of_rows(input, target, layout, weight, formula)
     share = (g.reshape(layout.A, layout.B) if g.dim() else g).to(lse.dtype)
     share = share if divisor is None else share / divisor
     numbers = objective.numbers_of_loss(top, lse, mass, terms, formula, share)
-    return operators.row_gradient(input, y, numbers, class_weight, layout, spec, out is not None)
+    return operators.row_gradient(input, y, numbers, class_weight, layout, spec, inplace)
 
 
 def of_rows(

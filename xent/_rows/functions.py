@@ -35,23 +35,15 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Layout, RowNumbers, RowSpec, Stats, Wanted, has_candidates
+from .._records import Layout, RowNumbers, RowOptions, Stats, has_candidates
 from . import operators
 from .derivatives import Gradient, RowTerms, coefficient_gradient, gradient_vjp_by_blocks, over_rows, stats_jvp
 
 
-def row_stats(
-    input: Tensor,
-    target: Tensor,
-    layout: Layout,
-    spec: RowSpec,
-    wanted: Wanted,
-    class_weight: Tensor | None = None,
-    inplace: bool = False,
-) -> Stats:
-    """Differentiable `Stats` of logits in their own shape; with `inplace`, backward may write over them."""
-    found = operators.apply("row_statistics", RowStats, input, target, class_weight, layout, spec, wanted, inplace)
-    return wanted.unpack(found, target.is_floating_point())
+def row_stats(input: Tensor, target: Tensor, class_weight: Tensor | None, options: RowOptions) -> Stats:
+    """Differentiable `Stats` of logits in their own shape."""
+    found = operators.apply("row_statistics", RowStats, input, target, class_weight, options)
+    return options.wanted.unpack(found, target.is_floating_point())
 
 
 def fold(batch: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -76,13 +68,12 @@ class RowStats(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        input, target, class_weight, layout, spec, wanted, _inplace = arguments
-        return tuple(operators.row_statistics(input, target, layout, spec, wanted, class_weight).pack())
+        return tuple(operators.row_statistics(*arguments).pack())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, class_weight, *ctx.rest = inputs
-        stats = ctx.rest[2].unpack(output, target.is_floating_point())
+        input, target, class_weight, ctx.options = inputs
+        stats = ctx.options.wanted.unpack(output, target.is_floating_point())
         ctx.mark_non_differentiable(stats.top, *[] if stats.argmax is None else [stats.argmax])
         ctx.set_materialize_grads(False)  # a statistic that nobody uses costs nothing in backward
         ctx.save_for_backward(input, target, class_weight, stats.top, stats.lse, stats.entropy)
@@ -91,23 +82,22 @@ class RowStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if all(g is None for g in grads):
-            return (None,) * 7
-        layout, spec, wanted, inplace = ctx.rest
-        found = stats_backward(ctx.saved_tensors, grads, layout, spec, wanted, inplace, ctx.needs_input_grad)
-        return *found, *[None] * 4
+            return (None,) * 4
+        return *stats_backward(ctx.saved_tensors, grads, ctx.options, ctx.needs_input_grad), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         refuse_mapped_weight(in_dims[2])
-        input, layout = fold_input(info.batch_size, in_dims[0], args[0], args[3])
-        (target,) = fold(info.batch_size, in_dims[1:2], args[1:2])
-        found = RowStats.apply(input, target, args[2], layout, *args[4:])  # type: ignore[no-untyped-call]
-        return tuple(stat.unflatten(0, (info.batch_size, args[3].A)) for stat in found), (0,) * len(found)
+        (input, target, class_weight, options), N = args, info.batch_size
+        input, layout = fold_input(N, in_dims[0], input, options.layout)
+        (target,) = fold(N, in_dims[1:2], (target,))
+        found = RowStats.apply(input, target, class_weight, options._replace(layout=layout))  # type: ignore[no-untyped-call]
+        return tuple(stat.unflatten(0, (N, options.layout.A)) for stat in found), (0,) * len(found)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dq: Tensor | None, dw: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         input, target, class_weight, top, lse, entropy = ctx.saved_tensors
-        layout, spec, wanted, _inplace = ctx.rest
+        layout, spec, wanted, _ = ctx.options
         _torch.refuse_nested_forward_mode(input)
         dx = None if dx is None else layout.rows(dx)
         tangents = stats_jvp(RowTerms(layout.rows(input), target, top, lse, class_weight, spec), dx, dq, dw, entropy)
@@ -125,16 +115,11 @@ def fold_input(batch: int, dim: int | None, input: Tensor, layout: Layout) -> tu
 
 
 def stats_backward(
-    saved: tuple[Any, ...],
-    grads: Sequence[Tensor | None],
-    layout: Layout,
-    spec: RowSpec,
-    wanted: Wanted,
-    inplace: bool,
-    needs: Sequence[bool],
+    saved: tuple[Any, ...], grads: Sequence[Tensor | None], options: RowOptions, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, target and class weight. `saved`: unpacked once, since a checkpoint allows no more."""
     input, target, class_weight, top, lse, entropy = saved
+    layout, spec, wanted, inplace = options
     g = wanted.unpack(grads, target.is_floating_point())
     numbers = numbers_of_stats(g, top, lse, entropy, target)
     d_input = d_target = d_weight = None

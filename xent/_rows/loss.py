@@ -11,25 +11,16 @@ differentiated.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Layout, Objective, RowSpec, statistics_dtype
+from .._records import LossOptions, RowOptions, statistics_dtype
 from . import dispatch, objective
 from . import formula as by_objective
 from .functions import row_stats
-
-
-class LossOptions(NamedTuple):
-    """What a call has besides its tensors."""
-
-    layout: Layout
-    spec: RowSpec
-    formula: Objective
-    inplace: bool
 
 
 def loss(
@@ -58,7 +49,7 @@ def loss_by_graph(
     """The same, differentiable any number of times in all its tensors."""
     layout, spec, formula, inplace = options
     y, w, terms = by_objective.of_rows(input, target, layout, weight, formula)
-    stats = row_stats(input, y, layout, spec, formula.wanted, w, inplace)
+    stats = row_stats(input, y, w, RowOptions(layout, spec, formula.wanted, inplace))
     if target_prob is not None:
         stats, terms = objective.of_candidates(stats, terms, y, target_prob, spec.ignore_index)
     return layout.shaped(objective.evaluate(stats, terms, y, normalizer, formula)[0], input.shape)
@@ -70,16 +61,16 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         input, target, weight, normalizer, options = arguments
-        layout, spec, formula, _ = ctx.options = options
+        ctx.options, dtype = options, options.formula.dtype
         tensor, given = (normalizer, 1.0) if isinstance(normalizer, Tensor) else (None, normalizer)
         if tensor is not None:  # divides at the end
-            formula = formula._replace(dtype=statistics_dtype(input.device))
+            options = options._replace(formula=options.formula._replace(dtype=statistics_dtype(input.device)))
         module: Any = dispatch.backend_for(input, target)
         ctx.module = module = module if hasattr(module, "losses") and input.numel() > 0 else by_objective
         value: Tensor
-        value, ctx.divisor, *numbers = module.losses(input, target, layout, weight, given, spec, formula)
+        value, ctx.divisor, *numbers = module.losses(input, target, weight, given, options)
         if tensor is not None:
-            value = (value / tensor).to(options.formula.dtype)
+            value = (value / tensor).to(dtype)
         # It is saved even where it is not needed, to be seen if it changes.
         ctx.normalizer = None if tensor is not None else normalizer
         ctx.save_for_backward(input, target, weight, tensor, *numbers)
@@ -88,7 +79,6 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, normalizer, *numbers = ctx.saved_tensors
-        layout, spec, formula, inplace = ctx.options
         again = torch.is_grad_enabled()
         if again or _torch.needs_operator(g) or _torch.needs_graph(input, g):
             with torch.enable_grad():
@@ -97,9 +87,7 @@ class Loss(torch.autograd.Function):
             return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
         if normalizer is not None:
             g = g.to(statistics_dtype(g.device)) / normalizer
-        out = input.detach() if inplace else None
-        rest = (layout, weight, g, ctx.divisor, spec, formula, out)
-        d = ctx.module.losses_gradient(input, target, *numbers, *rest)
-        if out is not None:
-            torch.autograd.graph.increment_version(out)
+        d = ctx.module.losses_gradient(input, target, *numbers, weight, g, ctx.divisor, ctx.options)
+        if ctx.options.inplace:
+            torch.autograd.graph.increment_version(input)
         return d, None, None, None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import HeadRows, Layout, RowNumbers, RowSpec, Stats, Wanted
+from .._records import HeadRows, Layout, RowNumbers, RowOptions, RowSpec, Stats, Wanted
 from . import dispatch
 
 # An operator has no records but their fields, one by one: their types and names, in their order.
@@ -26,6 +26,7 @@ FIELDS: dict[type, tuple[Any, ...]] = {
         *("Tensor top", "Tensor lse"),
         *("Tensor g_lse", "Tensor g_picked", "Tensor? g_wsum", "Tensor? g_entropy"),
     ),
+    RowOptions: (Layout, RowSpec, Wanted, "bool inplace"),
     HeadRows: (
         *("Tensor hidden", "Tensor weight", "Tensor? bias"),
         *("Tensor target", "Tensor? prob", "Tensor? class_weight", "Tensor? seed"),
@@ -34,13 +35,12 @@ FIELDS: dict[type, tuple[Any, ...]] = {
 PARAMETERS: dict[str, tuple[Any, ...]] = {}  # of each operator: records, or types and names
 
 
-def row_statistics(
-    input: Tensor, target: Tensor, layout: Layout, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None
-) -> Stats:
+def row_statistics(input: Tensor, target: Tensor, class_weight: Tensor | None, options: RowOptions) -> Stats:
     """`dispatch.row_statistics` of logits in their own shape; by way of the operator where there is no memory yet."""
+    layout, spec, wanted, _ = options
     if not _torch.needs_operator(input, target, class_weight):
         return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight)
-    found = torch.ops.xent.row_statistics(input, target, class_weight, *layout, *spec, *wanted, False)
+    found = torch.ops.xent.row_statistics(*flatten(input, target, class_weight, options._replace(inplace=False)))
     return wanted.unpack(found, target.is_floating_point())
 
 
@@ -138,15 +138,13 @@ def _schema(parameter: Any) -> str:
     return parameter if isinstance(parameter, str) else ", ".join(map(_schema, FIELDS[parameter]))
 
 
-def _statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
-    class_weight, layout, spec, wanted, _ = arguments
+def _statistics(input: Tensor, target: Tensor, class_weight: Tensor | None, options: RowOptions) -> list[Tensor]:
+    layout, spec, wanted, _ = options
     return dispatch.row_statistics(layout.rows(input), target, spec, wanted, class_weight).pack()
 
 
-def _empty_statistics(input: Tensor, target: Tensor, *arguments: Any) -> list[Tensor]:
-    _, layout, _, wanted, _ = arguments
-    found: list[Tensor] = wanted.empty(input.new_empty(layout.A, layout.B, 0), target)
-    return found
+def _empty_statistics(input: Tensor, target: Tensor, _: Tensor | None, options: RowOptions) -> list[Tensor]:
+    return options.wanted.empty(input.new_empty(options.layout.A, options.layout.B, 0), target)
 
 
 def _gradient(input: Tensor, *arguments: Any, out: Tensor | None = None) -> Tensor:
@@ -167,9 +165,7 @@ def _empty_gradient(input: Tensor, *arguments: Any) -> Tensor:
     return layout.restore(torch.empty_like(layout.rows(input)), input.shape)
 
 
-# `inplace` is for the derivative, which may write over the logits.
-STATISTICS = (Layout, RowSpec, Wanted, "bool inplace")
-_ROWS = ("Tensor input", "Tensor target", "Tensor? class_weight", *STATISTICS)
+_ROWS = ("Tensor input", "Tensor target", "Tensor? class_weight", RowOptions)
 _NUMBERS = ("Tensor target", RowNumbers, "Tensor? class_weight", Layout, RowSpec)
 define("row_statistics", _ROWS, "Tensor[]", _statistics, _empty_statistics)
 define("row_gradient", ("Tensor input", *_NUMBERS), "Tensor", _gradient, _empty_gradient)

@@ -15,17 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _torch
-from ..._records import (
-    Layout,
-    Objective,
-    RowNumbers,
-    RowSpec,
-    Samples,
-    Stats,
-    Wanted,
-    compute_dtype,
-    has_candidates,
-)
+from ..._records import Layout, LossOptions, RowNumbers, RowSpec, Samples, Stats, Wanted, compute_dtype, has_candidates
 from .. import LOGITS, advise_huge_pages, check_range, elements_are_apart, refusal_to_read
 
 try:
@@ -71,15 +61,10 @@ def row_gradient(
 
 
 def losses(
-    input: Tensor,
-    target: Tensor,
-    layout: Layout,
-    weight: Tensor | None,
-    normalizer: float | None,
-    spec: RowSpec,
-    formula: Objective,
+    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | None, options: LossOptions
 ) -> tuple[Tensor, float, Tensor]:
     """See `xent._rows.formula.losses`. The numbers: lse, of probabilities mass, and top in the logits' own digits."""
+    layout, spec, formula, _ = options
     N, soft, dtype = layout.A * layout.B, target.is_floating_point(), formula.dtype
     numbers = torch.empty(N * (1 + soft) + (N if input.dtype is FLOAT64 else (N + 1) // 2), dtype=FLOAT64)
     written = dtype if dtype in LOGITS else FLOAT64
@@ -92,36 +77,27 @@ def losses(
     if divisor is None:
         check_range(target, input.shape[layout.axis], spec.ignore_index)  # raises
     if divisor is NotImplemented:
-        rows = layout.rows(input), layout.targets(target, input.dim()), layout.of_rows()
-        value, divisor, numbers = losses(*rows, weight, normalizer, spec, formula)
+        rows, options = _as_rows(input, target, options)
+        value, divisor, numbers = losses(*rows, weight, normalizer, options)
         return layout.shaped(value, input.shape), divisor, numbers
     return value.to(dtype), divisor, numbers
 
 
 def losses_gradient(
-    input: Tensor,
-    target: Tensor,
-    numbers: Tensor,
-    layout: Layout,
-    weight: Tensor | None,
-    g: Tensor,
-    divisor: float,
-    spec: RowSpec,
-    formula: Objective,
-    out: Tensor | None,
+    input: Tensor, target: Tensor, saved: Tensor, weight: Tensor | None, g: Tensor, divisor: float, options: LossOptions
 ) -> Tensor:
     """See `xent._rows.formula.losses_gradient`."""
-    fresh, memory = out is None, _memory(out, input, target)
-    numbers, threads = numbers.contiguous(), torch.get_num_threads()
+    layout, spec, formula, inplace = options
+    memory = _memory(input.detach() if inplace else None, input, target)
+    saved, threads = saved.contiguous(), torch.get_num_threads()
     weight, g = _readable(weight), _readable(g)
     done = _native.losses_gradient(
-        input, target, layout, spec, threads, formula, weight, numbers, g, divisor, memory, fresh
+        input, target, layout, spec, threads, formula, weight, saved, g, divisor, memory, not inplace
     )
     if done is NotImplemented:
-        rows = layout.rows(input), layout.targets(target, input.dim()), numbers, layout.of_rows()
+        rows, options = _as_rows(input, target, options)
         g = g.reshape(layout.A, layout.B) if g.dim() else g
-        out = None if out is None else layout.rows(out)
-        memory = losses_gradient(*rows, weight, g, divisor, spec, formula, out)
+        memory = losses_gradient(*rows, saved, weight, g, divisor, options)
         return layout.restore(memory, input.shape).data
     return memory
 
@@ -162,6 +138,13 @@ def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, 
     out = advise_huge_pages(torch.empty(len(ends), rows.shape[1], dtype=dtype))
     _native.gather_sums(ends, index, coefficient, rows, out, torch.get_num_threads())
     return out
+
+
+def _as_rows(input: Tensor, target: Tensor, options: LossOptions) -> tuple[tuple[Tensor, Tensor], LossOptions]:
+    """The same call of logits (A, B, C)."""
+    layout = options.layout
+    rows = layout.rows(input), layout.targets(target, input.dim())
+    return rows, options._replace(layout=Layout(2, layout.A, layout.B))
 
 
 def _read(logits: Tensor, target: Tensor, spec: RowSpec) -> tuple[Any, ...]:
