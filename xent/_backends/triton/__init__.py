@@ -1,6 +1,6 @@
 """The two primitives as Triton kernels, for CUDA and ROCm: what is made, chosen and launched.
 
-plan.py chooses the tiles, forward.py and backward.py are the kernels, rows.py is what both share. samples.py is the
+plan.py chooses the tiles, forward.py and backward.py are the kernels, tiles.py is what they share. samples.py is the
 sampling pass of a sparse gradient, whose products are torch's own, as `eager` has them.
 
 Roofline. Nothing but the logits and their gradient is as long as a row, and every byte of them crosses the bus once:

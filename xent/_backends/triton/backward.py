@@ -7,29 +7,13 @@ and nobody else touches what is in it.
 import triton
 import triton.language as tl
 
-from .rows import (
-    VARYING,
-    edge_tile,
-    exp,
-    load_logits,
-    logits_at,
-    read_target,
-    row_at,
-    rows_of_program,
-    scores,
-    tile_at,
-    to_be_read,
-    vector_tile,
-    weights_at,
-    whole_vectors,
-    within,
-)
+from . import tiles
 
 
 @triton.jit
 def load_number(tensor, a_stride, b_stride, place, counts):
     """One float64 for each row that counts."""
-    return tl.load(row_at(tensor, place, a_stride, b_stride), counts, 0.0)
+    return tl.load(tiles.row_at(tensor, place, a_stride, b_stride), counts, 0.0)
 
 
 @triton.jit
@@ -51,28 +35,29 @@ def write_tile(x, out, q, w, offset, column, mask, of_weights, read, counts, y, 
     """The gradient at `offset` from out: z' (exp(t) (a - h t) + g [c = y] + b w) with t = z - top, rounded once."""
     top, a, g = numbers
     x_c, out_c, target_c = strides
-    x = load_logits(tile_at(x, offset, x_c, config.x_align, aligned, config), mask, counts, read, 0.0, config)
-    z, slope = scores(x, score_options, config)
+    tile = tiles.tile_at(x, offset, x_c, config.x_align, aligned, config)
+    x = tiles.load_logits(tile, mask, counts, read, 0.0, config)
+    z, slope = tiles.scores(x, score_options, config)
     t = z - top
     if h is not None:
         a = a - h * tl.maximum(t, -1e4)  # p log p is 0 where p is 0: no 0 * -inf
-    d = exp(t, config) * a
+    d = tiles.exp(t, config) * a
     if w is not None:
-        w = tl.load(tile_at(w, offset, 1, config.w_align, aligned, config), of_weights, 0.0)
+        w = tl.load(tiles.tile_at(w, offset, 1, config.w_align, aligned, config), of_weights, 0.0)
     if q is None:
         d += tl.where(column == y, g, 0.0)
     else:
-        q = tl.load(tile_at(q, offset, target_c, config.q_align, aligned, config), mask, 0.0).to(config.real)
+        q = tl.load(tiles.tile_at(q, offset, target_c, config.q_align, aligned, config), mask, 0.0).to(config.real)
         d += g * q if w is None else g * (q * w)
     if b is not None:
         d += b if w is None else b * w
     if config.scaled or config.capped:
         d *= slope
     # Of a row that does not count every number is 0, and with them d.
-    tl.store(tile_at(out, offset, out_c, config.out_align, aligned, config), d.to(out.dtype.element_ty), mask)
+    tl.store(tiles.tile_at(out, offset, out_c, config.out_align, aligned, config), d.to(out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=tiles.VARYING)
 def row_gradient_kernel(
     x, x_a, x_b, x_c, out, out_a, out_b, out_c,  # (A, B, C) each, and their strides; out may be x
     target, target_a, target_b, target_c,  # (A, B) indices, or (A, B, C) probabilities
@@ -85,12 +70,12 @@ def row_gradient_kernel(
     config: tl.constexpr,
 ):  # fmt: skip
     """Reads each logit of the rows that count once, and writes each gradient once; to the others it writes 0."""
-    rows, inside, place = rows_of_program(N, B, config)
+    rows, inside, place = tiles.rows_of_program(N, B, config)
     split = tl.program_id(1)
-    row = logits_at(x, place, x_a, x_b, config.x_align, config)
-    result = logits_at(out, place, out_a, out_b, config.out_align, config)
-    targets = logits_at(target, place, target_a, target_b, config.q_align, config)
-    counts, y = read_target(targets, inside, C, start, ignore_index, config)
+    row = tiles.logits_at(x, place, x_a, x_b, config.x_align, config)
+    result = tiles.logits_at(out, place, out_a, out_b, config.out_align, config)
+    targets = tiles.logits_at(target, place, target_a, target_b, config.q_align, config)
+    counts, y = tiles.read_target(targets, inside, C, start, ignore_index, config)
     h = None if g_entropy is None else load_number(g_entropy, ge_a, ge_b, place, counts)
     base, log_sum = load_number(top, top_a, top_b, place, counts), load_number(lse, lse_a, lse_b, place, counts)
     base, a, h = coefficients(base, log_sum, load_number(g_lse, gl_a, gl_b, place, counts), h, config)
@@ -98,13 +83,13 @@ def row_gradient_kernel(
     b = None if g_wsum is None else load_number(g_wsum, gw_a, gw_b, place, counts).to(config.real)[:, None, None]
     numbers, strides, score_options = (base, a, g), (x_c, out_c, target_c), (scale, softcap)
 
-    head, vectors = whole_vectors(row, C, config)
+    head, vectors = tiles.whole_vectors(row, C, config)
     q = targets if config.soft else None
-    k = weights_at(w, rows, config)
-    read = to_be_read(counts, config)[:, None, None]
+    k = tiles.weights_at(w, rows, config)
+    read = tiles.to_be_read(counts, config)[:, None, None]
     y, inside, counts = y[:, None, None], inside[:, None, None], counts[:, None, None]
     if config.edges:
-        single, mask = edge_tile(head, vectors, C, config)
+        single, mask = tiles.edge_tile(head, vectors, C, config)
         mask &= inside & (rows * 0 + split == 0)[:, None, None]  # as in `row_statistics_kernel`
         write_tile(row, result, q, k, single, single, mask, mask, read, counts, y, numbers, h, b, strides,
                    score_options, False, config)  # fmt: skip
@@ -112,8 +97,8 @@ def row_gradient_kernel(
         q, k = None if q is None else q + head.to(tl.int64) * target_c, None if k is None else k + head
     head, vectors = head[:, None, None], vectors[:, None, None]
     for first in range(split * span, tl.minimum(split * span + span, tl.max(vectors)), config.K):
-        vector, offset = vector_tile(first, config)
-        there = within(vector, offset, vectors, C, config)
+        vector, offset = tiles.vector_tile(first, config)
+        there = tiles.within(vector, offset, vectors, C, config)
         mask = inside & there
         of_weights = there if config.across else mask
         column = head + offset

@@ -18,24 +18,7 @@ operations. Where programs share a row, each writes down its state, and `combine
 import triton
 import triton.language as tl
 
-from .rows import (
-    VARYING,
-    edge_tile,
-    exp,
-    load_logits,
-    locate,
-    logits_at,
-    read_target,
-    row_at,
-    rows_of_program,
-    scores,
-    tile_at,
-    to_be_read,
-    vector_tile,
-    weights_at,
-    whole_vectors,
-    within,
-)
+from . import tiles
 
 NO_COLUMN = tl.constexpr(2**31 - 1)  # a column that no row has
 MINUS_INFINITY = tl.constexpr(float("-inf"))
@@ -61,10 +44,10 @@ def update(state, z, w, t, column, config: tl.constexpr):
     """The state after a tile of scores. Where there is none, z is -inf, and w and t are 0."""
     m, s, eu, wu, wk, tu, tk, top, where = state
     peak = tl.maximum(m, tl.max(z, 2))
-    shrink = exp(m - peak, config)
+    shrink = tiles.exp(m - peak, config)
     move = tl.maximum(m - peak, config.lowest)  # not -inf: of an empty sum that made 0 * -inf
     u = z - peak[:, :, None]
-    e = exp(u, config)
+    e = tiles.exp(u, config)
     if config.entropy:
         eu = shrink * eu + shrink * s * move + tl.sum(tl.where(e == 0, 0.0, e * u), 2)
     s = shrink * s + tl.sum(e, 2)
@@ -86,7 +69,7 @@ def merge_lanes(state, config: tl.constexpr):
     """The state (R,) of rows from the states (R, K) of their lanes."""
     m, s, eu, wu, wk, tu, tk, top, where = state
     peak, best = tl.max(m, 1), tl.max(top, 1)
-    shrink, move = exp(m - peak[:, None], config), tl.maximum(m - peak[:, None], config.lowest)
+    shrink, move = tiles.exp(m - peak[:, None], config), tl.maximum(m - peak[:, None], config.lowest)
     eu = tl.sum(shrink * eu + shrink * s * move, 1)
     wu, tu = tl.sum(wu + wk * move, 1), tl.sum(tu + tk * move, 1)
     where = tl.min(tl.where(top == best[:, None], where, NO_COLUMN), 1)
@@ -130,17 +113,18 @@ def load_coefficient(pointers, mask):
 def read_tile(state, x, q, w, offset, column, mask, counts, read, x_c, target_c, score_options,
               aligned: tl.constexpr, config: tl.constexpr):  # fmt: skip
     """The state after the tile at `offset` from x, q and w, as far as `mask` goes."""
-    tile = tile_at(x, offset, x_c, config.x_align, aligned, config)
-    x, there = load_logits(tile, mask, counts, read, MINUS_INFINITY, config), mask
+    tile = tiles.tile_at(x, offset, x_c, config.x_align, aligned, config)
+    x, there = tiles.load_logits(tile, mask, counts, read, MINUS_INFINITY, config), mask
     mask = mask & counts
-    z, _ = scores(x, score_options, config)
+    z, _ = tiles.scores(x, score_options, config)
     if config.scaled or config.capped:
         z = tl.where(mask, z, MINUS_INFINITY)
     k, t = None, None
     if w is not None:
-        k = load_coefficient(tile_at(w, offset, 1, config.w_align, aligned, config), there if config.across else mask)
+        weights = tiles.tile_at(w, offset, 1, config.w_align, aligned, config)
+        k = load_coefficient(weights, there if config.across else mask)
     if q is not None:
-        t = load_coefficient(tile_at(q, offset, target_c, config.q_align, aligned, config), mask).to(config.real)
+        t = load_coefficient(tiles.tile_at(q, offset, target_c, config.q_align, aligned, config), mask).to(config.real)
         t = t if w is None else t * k
     if not config.wsum:
         k = None
@@ -149,7 +133,7 @@ def read_tile(state, x, q, w, offset, column, mask, counts, read, x_c, target_c,
     return update(state, z, k, t, column, config)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=tiles.VARYING)
 def row_statistics_kernel(
     x, x_a, x_b, x_c,  # (A, B, C) logits and their strides
     target, target_a, target_b, target_c,  # (A, B) indices, or (A, B, C) probabilities
@@ -163,25 +147,26 @@ def row_statistics_kernel(
     config: tl.constexpr,
 ):  # fmt: skip
     """Reads each logit of the rows that count once."""
-    rows, inside, place = rows_of_program(N, B, config)
+    rows, inside, place = tiles.rows_of_program(N, B, config)
     split = tl.program_id(1)
     first_split = rows * 0 + split == 0  # for each row, as are all masks: the interpreter takes none made from a scalar
     score_options = (scale, softcap)
-    row = logits_at(x, place, x_a, x_b, config.x_align, config)
-    targets = logits_at(target, place, target_a, target_b, config.q_align, config)
-    counts, y = read_target(targets, inside, C, start, ignore_index, config)
+    row = tiles.logits_at(x, place, x_a, x_b, config.x_align, config)
+    targets = tiles.logits_at(target, place, target_a, target_b, config.q_align, config)
+    counts, y = tiles.read_target(targets, inside, C, start, ignore_index, config)
     held, z_y = counts & (y >= 0), None
     if not config.soft:
         index = tl.load(targets, inside, ignore_index).to(tl.int64)
         tl.store(in_range + rows * 0, 0, (index != ignore_index) & ((index < 0) | (index >= classes)))
-        z_y, _ = scores(tl.load(row + y.to(tl.int64) * x_c, held, 0.0), score_options, config)
+        z_y, _ = tiles.scores(tl.load(row + y.to(tl.int64) * x_c, held, 0.0), score_options, config)
 
-    head, vectors = whole_vectors(row, C, config)
+    head, vectors = tiles.whole_vectors(row, C, config)
     q = targets if config.soft else None
-    k = weights_at(w, rows, config)
-    state, read, considered = empty_state(config), to_be_read(counts, config)[:, None, None], counts[:, None, None]
+    k = tiles.weights_at(w, rows, config)
+    read, considered = tiles.to_be_read(counts, config)[:, None, None], counts[:, None, None]
+    state = empty_state(config)
     if config.edges:
-        single, mask = edge_tile(head, vectors, C, config)
+        single, mask = tiles.edge_tile(head, vectors, C, config)
         mask &= first_split[:, None, None]
         state = read_tile(state, row, q, k, single, single, mask, considered, read, x_c, target_c, score_options,
                           False, config)  # fmt: skip
@@ -190,8 +175,8 @@ def row_statistics_kernel(
     begin = split * span
     end = tl.minimum(begin + span, tl.max(tl.where(counts, vectors, 0), 0))  # none to read if no row counts
     for first in range(begin, end, config.K):
-        vector, offset = vector_tile(first, config)
-        mask = within(vector, offset, vectors[:, None, None], C, config)
+        vector, offset = tiles.vector_tile(first, config)
+        mask = tiles.within(vector, offset, vectors[:, None, None], C, config)
         column = head[:, None, None] + offset
         state = read_tile(state, row, q, k, offset, column, mask, considered, read, x_c, target_c, score_options,
                           True, config)  # fmt: skip
@@ -207,14 +192,14 @@ def row_statistics_kernel(
             tl.store(part + field * N * tl.num_programs(1), state[field].to(tl.float64), inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=tiles.VARYING)
 def combine_kernel(parts, target, target_a, target_b, top, lse, picked, mass, wsum, entropy, argmax,
                    N, B, C, start, ignore_index, config: tl.constexpr):  # fmt: skip
     """One row for each program: the states of its K parts as its statistics."""
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, config.R)
-    inside, place = rows < N, locate(rows, B)
-    targets = row_at(target, place, target_a, target_b)
-    counts, y = read_target(targets, inside, C, start, ignore_index, config)
+    inside, place = rows < N, tiles.locate(rows, B)
+    targets = tiles.row_at(target, place, target_a, target_b)
+    counts, y = tiles.read_target(targets, inside, C, start, ignore_index, config)
     held = counts & (y >= 0)
     z_y = None if config.soft else tl.load(picked + rows, held, 0.0)
     part = parts + rows[:, None] * config.K + tl.arange(0, config.K)[None, :]

@@ -35,7 +35,7 @@ class KernelConfig:
     together: int  # rows of a vector, then
     real: Any  # dtype of arithmetic on single logits, and its lowest finite number
     lowest: float
-    tanh_terms: int  # see rows.tanh
+    tanh_terms: int  # see tiles.tanh
     edges: bool  # whether a row may begin or end within a vector
     x_align: int  # bytes that vectors of logits are multiples of, in memory; 0 where there are none
     out_align: int = 0

@@ -13,15 +13,15 @@ Most tiles keep nothing, which their total tells: it is added, and there is no c
 import triton
 import triton.language as tl
 
+from . import tiles
 from .backward import load_number
-from .rows import VARYING, exp, locate, read_target, row_at, scores
 
 LOGITS_OF_TILE = tl.constexpr(1024)
 BITS = tl.constexpr(40)  # a row's sum, below 2^18 r and 2^40 units each, has room in int64
 UNITS = tl.constexpr(float(2**40))
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=tiles.VARYING)
 def row_samples_kernel(
     x, x_a, x_b, x_c, target, target_a, target_b, target_c,  # as in `row_gradient_kernel`
     top, top_a, top_b, lse, lse_a, lse_b,  # (A, B)
@@ -32,9 +32,9 @@ def row_samples_kernel(
 ):  # fmt: skip
     """One row for each program."""
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    place, score_options = locate(rows, B), (scale, softcap)
-    row, targets = row_at(x, place, x_a, x_b)[:, None], row_at(target, place, target_a, target_b)
-    read, y = read_target(targets, rows >= 0, C, start, ignore_index, config)
+    place, score_options = tiles.locate(rows, B), (scale, softcap)
+    row, targets = tiles.row_at(x, place, x_a, x_b)[:, None], tiles.row_at(target, place, target_a, target_b)
+    read, y = tiles.read_target(targets, rows >= 0, C, start, ignore_index, config)
     base = load_number(top, top_a, top_b, place, read).to(config.real)[:, None]
     factor = tl.exp(-load_number(lse, lse_a, lse_b, place, read)).to(config.real)[:, None]
     r, inverse = tl.full((), resolution, config.real), tl.full((), 1 / resolution, config.real)
@@ -45,8 +45,8 @@ def row_samples_kernel(
     for first in range(0, tl.max(tl.where(read, C, 0), 0), LOGITS_OF_TILE):  # none if the row does not count
         column = first + tl.arange(0, LOGITS_OF_TILE)[None, :]
         mask = read[:, None] & (column < C)
-        z, _ = scores(tl.load(row + column.to(tl.int64) * x_c, mask, 0.0), score_options, config)
-        p = exp(z - base, config) * factor
+        z, _ = tiles.scores(tl.load(row + column.to(tl.int64) * x_c, mask, 0.0), score_options, config)
+        p = tiles.exp(z - base, config) * factor
         own = column == y[:, None]
         large = mask & (own | (p >= r))
         small = mask & (p < r) & ~own  # not so a NaN
