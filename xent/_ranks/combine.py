@@ -23,34 +23,44 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._records import Stats, Wanted, has_candidates
+from .._records import Stats, Wanted
 from .._rows.objective import ClassTerms
 from .exchange import exchange
 
 
 class Gathered(NamedTuple):
-    """What `gather` finds. Differentiable: `numbers`, of which this rank made its own row."""
+    """What `gather` finds, of each rank. Differentiable: `stats`, of which this rank made its own."""
 
-    numbers: Tensor  #      (R, k, A, B): each rank's statistics, packed; behind them w_y where there is a class weight
-    #                       (picked and w_y of K candidates are K of these)
-    ranks: Tensor  #        (R, 2): how many classes a rank holds, and the sum of their weights
-    part: Tensor | None  #  (C,): the weights of the classes held here, for probabilities or wsum
+    stats: Stats  #               each (R, A, B), and `picked` of K candidates (R, A, B, K)
+    row_weight: Tensor | None  #  like `picked`, of index targets with class weights: w_y where the rank holds y, else 0
+    ranks: Tensor  #              (R, 2): how many classes a rank holds, and the sum of their weights
+    part: Tensor | None  #        (C,): the weights of the classes held here, for probabilities or wsum
 
     @classmethod
-    def unpack(cls, found: Sequence[Tensor]) -> Gathered:
-        """From those that there are."""
-        return cls(*found, *[None] * (3 - len(found)))
+    def unpack(cls, found: Sequence[Tensor], target: Tensor, weighted: bool, wanted: Wanted) -> Gathered:
+        """From those that there are, the first ones of `found`."""
+        soft, left = target.is_floating_point(), iter(found)
+        stats = wanted.unpack([next(left) for _ in range(wanted.count(soft))], soft)
+        row_weight = next(left) if weighted and not soft else None
+        return cls(stats, row_weight, next(left), next(left) if weighted and (soft or wanted.wsum) else None)
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """Those that have no derivative."""
+        return [x for x in (self.stats.top, self.stats.argmax, *self[1:]) if x is not None]
 
     def of_rank(
-        self, rank: int, g: Tensor, target: Tensor, ignore_index: int, C: int, wanted: Wanted
-    ) -> tuple[Tensor, Stats, Sequence[Tensor]]:
+        self, rank: int, grads: Sequence[Tensor | None], target: Tensor, ignore_index: int, C: int, wanted: Wanted
+    ) -> tuple[Tensor, Stats, Stats]:
         """For the gradient of a rank with C classes: its target, its own statistics, and what flows back to these."""
-        start = self.ranks[:rank, 0].sum().long()
-        own, _ = _split(self.numbers[rank].unbind(0), target, wanted)
-        flowing, _ = _split(g[rank].unbind(0), target, wanted)
-        own = own._replace(lse=_finite_lse(own.lse, flowing.lse))
-        y = target if target.is_floating_point() else _local_target(target, start, C, ignore_index)
-        return y, own, flowing.pack()
+        soft, start = target.is_floating_point(), self.ranks[:rank, 0].sum().long()
+        own = Stats(*[None if stat is None else stat[rank] for stat in self.stats])  # type: ignore[arg-type]
+        flowing = wanted.unpack([None if g is None else g[rank] for g in grads[: wanted.count(soft)]], soft)
+        # Of logits that are all -inf here: p = exp(-inf - 0) is 0, exp(-inf + inf) is not. Where the row is NaN over
+        # all ranks, which the gradient of lse tells, it is NaN here as well.
+        zero = 0 if flowing.lse is None else flowing.lse * 0
+        own = own._replace(lse=torch.where(own.lse == -torch.inf, zero, own.lse))
+        return target if soft else _local_target(target, start, C, ignore_index), own, flowing
 
 
 def gather(
@@ -70,72 +80,49 @@ def gather(
     """
     (C, dtype), soft = held, target.is_floating_point()
     parts: list[Tensor] = []
+    shapes: list[torch.Size] = []
 
     def compute(start: int, total: int) -> list[Tensor]:
         part = None if weight is None else _part(weight, C, start, total)
         class_weight = None if part is None else part.to(dtype, copy=True)
         parts[:] = [] if class_weight is None or not (soft or wanted.wsum) else [class_weight]
         stats = local(start, total, class_weight)
-        vectors = stats.pack()
         if stats.argmax is not None:
-            vectors[-1] = (stats.argmax + start).double()
+            stats = stats._replace(argmax=stats.argmax + start)
+        found = stats.pack()
         if part is not None and not soft:
-            vectors.append(_row_weights(part, target, start, ignored))
-        total_weight = torch.full((), C, device=target.device) if part is None else part.sum(dtype=torch.float64)
-        return [
-            vector.movedim(-1, 0).flatten() if vector.dim() == 3 else vector.flatten()
-            for vector in (*vectors, total_weight.double())
-        ]
+            found.append(_row_weights(part, target, start, ignored))
+        found.append(torch.full((), C, device=target.device) if part is None else part.sum(dtype=torch.float64))
+        shapes[:] = [numbers.shape for numbers in found]
+        return [numbers.double().flatten() for numbers in found]
 
     asked = [name for name, yes in zip(("wsum", "entropy", "prediction"), wanted, strict=True) if yes]
     note = f"{note}, {'probabilities' if soft else 'class indices'}, {asked + ['weight'] * (weight is not None)}"
     gathered, sizes = exchange(_torch.process_group(group), C, note, target.device, compute)
 
-    shape = (len(sizes), _count(target, weight is not None, wanted), *target.shape[:2])
-    numbers = gathered[:, :-1].clone(memory_format=torch.contiguous_format).view(shape)
-    ranks = torch.stack([gathered.new_tensor(sizes), gathered[:, -1]], 1)
-    return [numbers, ranks, *parts]
+    *found, weights = [
+        part.clone(memory_format=torch.contiguous_format).view(len(sizes), *shape)
+        for part, shape in zip(torch.split(gathered, [shape.numel() for shape in shapes], 1), shapes, strict=True)
+    ]
+    return [*found, torch.stack([gathered.new_tensor(sizes), weights], 1), *parts]
 
 
 def empty_gathered(
     target: Tensor, held: tuple[int, torch.dtype], weighted: bool, ranks: int, wanted: Wanted
 ) -> list[Tensor]:
     """`Gathered` without numbers, packed: what a fake operator returns."""
-    soft, (C, dtype), count = target.is_floating_point(), held, _count(target, weighted, wanted)
+    soft, (C, dtype) = target.is_floating_point(), held
+    stats = wanted.empty(target.new_empty(*target.shape[:2], 0), target)
+    shapes = [(ranks, *stat.shape) for stat in stats] + [(ranks, *stats[2].shape)] * (weighted and not soft)
     part = [target.new_empty(C, dtype=dtype)] if weighted and (soft or wanted.wsum) else []
-    numbers = target.new_empty(ranks, count, *target.shape[:2], dtype=torch.float64)
-    return [numbers, target.new_empty(ranks, 2, dtype=torch.float64), *part]
+    return [*[target.new_empty(shape, dtype=torch.float64) for shape in (*shapes, (ranks, 2))], *part]
 
 
-def _count(target: Tensor, weighted: bool, wanted: Wanted) -> int:
-    """How many numbers per row are gathered."""
-    soft, K = target.is_floating_point(), target.shape[2] if has_candidates(target) else 1
-    return wanted.count(soft) + K - 1 + (K if weighted and not soft else 0)
-
-
-def combine(
-    gathered: Gathered, target: Tensor, ignored: Tensor | None, weighted: bool, wanted: Wanted
-) -> tuple[Stats, ClassTerms]:
-    """Over all classes: the statistics of the rows, and what the formula of the loss needs besides."""
-    parts, row_weight = _split(gathered.numbers.unbind(1), target, wanted)
-    sizes, weights = gathered.ranks.unbind(1)
-    stats = _over_ranks(parts, target, ignored, sizes, weights)
-    return stats, ClassTerms(sizes.sum(), weights.sum(), None if row_weight is None else row_weight.detach().sum(0))
-
-
-def _split(numbers: Sequence[Tensor], target: Tensor, wanted: Wanted) -> tuple[Stats, Tensor | None]:
-    """The statistics, and the weights of the targets if there are any: of K candidates K numbers are one."""
-    several, soft = has_candidates(target), target.is_floating_point()
-    K = target.shape[2] if several else 1
-    top, lse, *rest = numbers
-    left = wanted.count(soft) - 3
-    picked, others, weights = rest[:K], rest[K : K + left], rest[K + left :]
-    of_targets = [torch.stack(part, -1) if several else part[0] for part in (picked, weights) if len(part)]
-    return wanted.unpack([top, lse, of_targets[0], *others], soft), of_targets[1] if len(of_targets) > 1 else None
-
-
-def _over_ranks(parts: Stats, target: Tensor, ignored: Tensor | None, sizes: Tensor, weights: Tensor) -> Stats:
-    """From the statistics of the parts, each (R, A, B), those of the whole, each (A, B)."""
+def combine(gathered: Gathered, target: Tensor, ignored: Tensor | None) -> tuple[Stats, ClassTerms]:
+    """Over all classes: the statistics of the rows, each (A, B), and what the formula of the loss needs besides."""
+    parts, (sizes, weights) = gathered.stats, gathered.ranks.unbind(1)
+    row_weight = None if gathered.row_weight is None else gathered.row_weight.sum(0)
+    terms = ClassTerms(sizes.sum(), weights.sum(), row_weight)
     tops = parts.top.detach()
     peak = tops.masked_fill(parts.lse == -torch.inf, -torch.inf)  # a part of -inf, or without classes
     top = peak.amax(0)
@@ -165,13 +152,13 @@ def _over_ranks(parts: Stats, target: Tensor, ignored: Tensor | None, sizes: Ten
         argmax = parts.argmax.detach().gather(0, best[None])[0].long()
     found = Stats(top, lse, picked, None if parts.mass is None else parts.mass.sum(0), wsum, entropy, argmax)
     if ignored is None:
-        return found
+        return found, terms
     rows = ignored.all(2) if ignored.dim() == 3 else ignored
 
     def masked(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.masked_fill(ignored if x is picked else rows, -1 if x is argmax else 0)
 
-    return Stats(*map(masked, found))  # type: ignore[arg-type]
+    return Stats(*map(masked, found)), terms  # type: ignore[arg-type]
 
 
 def _local_target(target: Tensor, start: Tensor, C: int, ignore_index: int) -> Tensor:
@@ -179,14 +166,6 @@ def _local_target(target: Tensor, start: Tensor, C: int, ignore_index: int) -> T
     local = target.long() - start
     local = torch.where((local >= 0) & (local < C), local, C)
     return local.masked_fill(target == ignore_index, -1)
-
-
-def _finite_lse(lse: Tensor, g_lse: Tensor) -> Tensor:
-    """For the gradient of a part whose logits are all -inf: p = exp(-inf - 0) is 0 there, exp(-inf + inf) is not.
-
-    Where the row is NaN over all ranks, which g_lse tells, it is NaN here as well.
-    """
-    return torch.where(lse == -torch.inf, g_lse * 0, lse)
 
 
 def _part(weight: Tensor, C: int, start: int, total: int) -> Tensor:

@@ -39,7 +39,7 @@ def rank_stats(
     """
     found = operators.apply("rank_statistics", RankStats, input, target, weight, group.group_name, options)
     ignored = None if target.is_floating_point() else target == options.spec.ignore_index
-    return combine(Gathered.unpack(found), target, ignored, weight is not None, options.wanted)
+    return combine(Gathered.unpack(found, target, weight is not None, options.wanted), target, ignored)
 
 
 class RankStats(torch.autograd.Function):
@@ -51,23 +51,24 @@ class RankStats(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, _, ctx.group, ctx.options = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        input, target, weight, ctx.group, ctx.options = inputs
+        gathered = Gathered.unpack(output, target, weight is not None, ctx.options.wanted)
+        ctx.mark_non_differentiable(*gathered.constants)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, *Gathered.unpack(output))
+        ctx.save_for_backward(input, target, *operators.flatten(gathered))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if g is None:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if all(g is None for g in grads):
             return (None,) * 5
         input, target, *found = ctx.saved_tensors
         layout, spec, wanted, _ = ctx.options
-        gathered, rank = Gathered(*found), _torch.process_group(ctx.group).rank()
-        y, own, flowing = gathered.of_rank(rank, g, target, spec.ignore_index, input.shape[layout.axis], wanted)
+        gathered, rank = Gathered(Stats(*found[:-3]), *found[-3:]), _torch.process_group(ctx.group).rank()
+        y, own, flowing = gathered.of_rank(rank, grads, target, spec.ignore_index, input.shape[layout.axis], wanted)
         saved = (input, y, gathered.part, own.top, own.lse, own.entropy)
         local = ctx.options._replace(spec=spec._replace(ignore_index=-1))
-        grads = functions.stats_backward(saved, flowing, local, ctx.needs_input_grad)
-        return *[functions.once_differentiable(d, (input, target), REASON) for d in grads[:2]], *[None] * 3
+        result = functions.stats_backward(saved, flowing, local, ctx.needs_input_grad)
+        return *[functions.once_differentiable(d, (input, target), REASON) for d in result[:2]], *[None] * 3
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -75,9 +76,10 @@ class RankStats(torch.autograd.Function):
         (input, target, weight, group, options), N = args, info.batch_size
         input, layout = functions.fold_input(N, in_dims[0], input, options.layout)
         (target,) = functions.fold(N, in_dims[1:2], (target,))
-        numbers, *rest = RankStats.apply(input, target, weight, group, options._replace(layout=layout))  # type: ignore[no-untyped-call]
-        split = numbers.unflatten(2, (N, options.layout.A))
-        return (split, *rest), (2, *[None] * len(rest))
+        found = RankStats.apply(input, target, weight, group, options._replace(layout=layout))  # type: ignore[no-untyped-call]
+        per_row = [x.dim() > 2 for x in found]
+        split = [x.unflatten(1, (N, options.layout.A)) if rows else x for x, rows in zip(found, per_row, strict=True)]
+        return tuple(split), tuple(1 if rows else None for rows in per_row)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:

@@ -24,15 +24,15 @@ from .._head.functions import GONE, NO_ENTRIES, NoTransforms, empty_entries, sta
 from .._records import HeadRows, Stats, compute_dtype
 from .._rows.functions import numbers_of_stats, once_differentiable
 from .._rows.objective import ClassTerms
-from .._rows.operators import apply, define, differentiate, run
+from .._rows.operators import apply, define, differentiate, flatten, run
 from .combine import Gathered, combine, empty_gathered, gather
 
 
 def rank_head_stats(rows: HeadRows, options: HeadOptions, group: ProcessGroup) -> tuple[Stats, ClassTerms]:
     """Differentiable `Stats` over the classes of all ranks, from the rows and this rank's part of the head."""
     found = apply("rank_head_statistics", RankHeadStats, rows, group.group_name, options)
-    gathered, weighted = Gathered.unpack(found[: len(found) - _entries(rows)]), rows.class_weight is not None
-    return combine(gathered, rows.target[None], _ignored(rows.target, options), weighted, options.wanted)
+    gathered = Gathered.unpack(found, rows.target[None], rows.class_weight is not None, options.wanted)
+    return combine(gathered, rows.target[None], _ignored(rows.target, options))
 
 
 class RankHeadStats(NoTransforms, torch.autograd.Function):
@@ -49,36 +49,31 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rows, (ctx.group, ctx.options) = HeadRows.split(inputs)
-        ctx.mark_non_differentiable(*output[1:])
+        gathered = Gathered.unpack(output, rows.target[None], rows.class_weight is not None, ctx.options.wanted)
+        entries = NO_ENTRIES[1:] if rows.seed is None else output[-3:]
+        ctx.mark_non_differentiable(*gathered.constants, *[entry for entry in entries if entry is not None])
         ctx.set_materialize_grads(False)
-        count = len(output) - _entries(rows)
         saved = rows._replace(class_weight=None)  # in `Gathered`: the part of the classes held here
-        ctx.save_for_backward(*saved, *Gathered.unpack(output[:count]), *(output[count:] or NO_ENTRIES[1:]))
+        ctx.save_for_backward(*saved, *flatten(gathered), *entries)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if g is None:
+    def backward(ctx: Any, *flow: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(g is None for g in flow):
             return (None,) * 9
         rows, found = HeadRows.split(ctx.saved_tensors)
-        gathered, group, options = Gathered(*found[:3]), _torch.process_group(ctx.group), ctx.options
+        gathered, entries = Gathered(Stats(*found[:-6]), *found[-6:-3]), found[-3:]
+        group, options = _torch.process_group(ctx.group), ctx.options
         ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[: len(rows.sources)], len(rows.weight)
-        (y,), own, flowing = gathered.of_rank(group.rank(), g, rows.target[None], ignore_index, C, options.wanted)
+        (y,), own, g = gathered.of_rank(group.rank(), flow, rows.target[None], ignore_index, C, options.wanted)
         part = rows._replace(target=y, class_weight=gathered.part)
         local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
         with torch.no_grad():
-            given = options.wanted.unpack(flowing, y.is_floating_point())
-            numbers = numbers_of_stats(given, own.top, own.lse, own.entropy, y[None])
-            entries = Entries(own.picked, *found[3:])
-            grads = stats_backward(part, entries, numbers, given.mass, local, needs)
+            numbers = numbers_of_stats(g, own.top, own.lse, own.entropy, y[None])
+            grads = stats_backward(part, Entries(own.picked, *entries), numbers, g.mass, local, needs)
             if needs[0] and grads[0] is not None and group.size() > 1:
                 total = _torch.all_reduce(grads[0].to(compute_dtype(grads[0])), ctx.group)
                 grads[0] = total.to(rows.hidden.dtype)
         return *[once_differentiable(grad, rows.sources, GONE) for grad in grads], *[None] * 4
-
-
-def _entries(rows: HeadRows) -> int:
-    """How many tensors come after those of `Gathered`."""
-    return 0 if rows.seed is None else 3
 
 
 def _ignored(target: Tensor, options: HeadOptions) -> Tensor | None:
@@ -99,7 +94,7 @@ def _statistics(rows: HeadRows, group: str, options: HeadOptions) -> list[Tensor
         # All ranks draw the same seed, and each needs another one.
         here = rows._replace(class_weight=part, seed=None if seed is None else seed + start)
         found = stats_of(here, None, own)
-        entries[:] = found[len(found) - _entries(rows) :]
+        entries[:] = [] if seed is None else found[-3:]
         return options.wanted.unpack(found, target.is_floating_point())
 
     ignore_index, scale, softcap, *_ = options.spec

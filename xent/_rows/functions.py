@@ -83,7 +83,9 @@ class RowStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if all(g is None for g in grads):
             return (None,) * 4
-        return *stats_backward(ctx.saved_tensors, grads, ctx.options, ctx.needs_input_grad), None
+        saved = ctx.saved_tensors
+        g = ctx.options.wanted.unpack(grads, saved[1].is_floating_point())
+        return *stats_backward(saved, g, ctx.options, ctx.needs_input_grad), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -115,12 +117,11 @@ def fold_input(batch: int, dim: int | None, input: Tensor, layout: Layout) -> tu
 
 
 def stats_backward(
-    saved: tuple[Any, ...], grads: Sequence[Tensor | None], options: RowOptions, needs: Sequence[bool]
+    saved: tuple[Any, ...], g: Stats, options: RowOptions, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, target and class weight. `saved`: unpacked once, since a checkpoint allows no more."""
     input, target, class_weight, top, lse, entropy = saved
-    layout, spec, wanted, inplace = options
-    g = wanted.unpack(grads, target.is_floating_point())
+    layout, spec, _, inplace = options
     numbers = numbers_of_stats(g, top, lse, entropy, target)
     d_input = d_target = d_weight = None
     if needs[1] or needs[2]:  # of probabilities q and class weights w, which enter picked, mass and wsum linearly
