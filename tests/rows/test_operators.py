@@ -88,13 +88,13 @@ def head_loss(dtype: torch.dtype, soft: bool) -> Samples:
 
 
 def head_statistics(dtype: torch.dtype, soft: bool) -> Samples:
-    factor, seed = torch.tensor(0.5, dtype=torch.float64), torch.tensor(3)
+    seed = torch.tensor(3)
     for row, options in heads(dtype, soft):
         own = options._replace(resolution=0.3, spec=SPEC._replace(softcap=None))
-        yield *row, None, *flatten(options._replace(wanted=ALL))
-        yield *row._replace(class_weight=None), None, *flatten(options)
-        yield *row._replace(seed=seed), factor, *flatten(own)
-        yield *row._replace(seed=seed), None, *flatten(own._replace(wanted=ALL))
+        yield *row, *flatten(options._replace(wanted=ALL))
+        yield *row._replace(class_weight=None), *flatten(options)
+        yield *row._replace(seed=seed), *flatten(own)
+        yield *row._replace(seed=seed), *flatten(own._replace(wanted=ALL))
 
 
 def rank_head_statistics(dtype: torch.dtype, soft: bool, group: str) -> Samples:
@@ -106,9 +106,9 @@ def rank_head_statistics(dtype: torch.dtype, soft: bool, group: str) -> Samples:
 
 def head_gradients(dtype: torch.dtype, soft: bool) -> Samples:
     for i, arguments in enumerate(head_statistics(dtype, soft)):
-        row, (factor, *flat) = HeadRows.split(arguments)
+        row, flat = HeadRows.split(arguments)
         found = torch.ops.xent.head_statistics(*arguments)
-        top, lse, picked = found[:3] if factor is None else found[1:4]
+        top, lse, picked = found[:3]
         entries = [None] * 3 if row.seed is None else found[-3:]
         upstream = (lse * 0.5, lse * 0.25, lse * 0.1, None if i % 2 else lse * 0.2)
         for needs in ([True, True, True, soft, False], [False, True, False, False, False]):

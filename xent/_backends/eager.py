@@ -1,4 +1,4 @@
-"""The primitives in torch operations: the specification, for any device and dtype.
+"""The primitives of `_rows/dispatch.py` in torch operations: the specification, for any device and dtype.
 
 Rows are taken in blocks, so that nothing else of the size of the logits ever exists; on the CPU in blocks whose scores
 fit in the cache, so that the passes over a block (maximum, subtraction, exp, sum) read DRAM once between them. What is
@@ -27,7 +27,6 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
-    """See `xent._rows.dispatch.row_statistics`."""
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
     all_held, kept, mask = _kept(target, spec, C)
     if not soft and not all_held:
@@ -68,7 +67,6 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
 def row_gradient(
     logits: Tensor, target: Tensor, numbers: RowNumbers, spec: RowSpec, class_weight: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """See `xent._rows.dispatch.row_gradient`."""
     if out is None:
         out = advise_huge_pages(torch.empty_like(logits))
     C, dtype, soft = logits.shape[2], compute_dtype(logits), target.is_floating_point()
@@ -113,7 +111,6 @@ def row_gradient(
 def row_samples(
     logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, uniform: Tensor, spec: RowSpec, resolution: float
 ) -> Samples:
-    """See `xent._rows.dispatch.row_samples`."""
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
     counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     classes, kept = [counts.new_empty(0, dtype=torch.int32)], [logits.new_empty(0, dtype=compute_dtype(logits))]
@@ -137,14 +134,13 @@ def row_samples(
 
 
 def transpose(ends: Tensor, classes: Tensor, coefficient: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `xent._rows.dispatch.transpose`."""
     found, order = classes.sort(stable=True)
     rows = torch.searchsorted(ends, order, right=True, out_int32=True)
     return torch.searchsorted(found, torch.arange(C, device=ends.device), right=True), rows, coefficient[order]
 
 
 def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `xent._rows.dispatch.gather_sums`. Half-precision rows become float32 some columns at a time."""
+    """Half-precision rows become float32 some columns at a time."""
     kind = torch.int32 if len(index) < 2**31 else torch.int64
     offsets, index = torch.nn.functional.pad(ends, (1, 0)).to(kind), index.to(kind)
     found = torch.empty(len(ends), rows.shape[1], dtype=dtype, device=rows.device)

@@ -196,7 +196,7 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
     would take small probabilities below what the format can hold.
     """
     blocks = Blocks(rows, options)
-    total, grads, formula = torch.zeros_like(factor), Grads(blocks, needs), options.formula
+    losses, grads, formula = factor.new_zeros(len(rows.hidden)), Grads(blocks, needs), options.formula
     g = torch.ones_like(factor) if options.dtype == torch.float16 else factor
     for block in blocks:
         stats = blocks.stats(block)
@@ -204,7 +204,7 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
         whole, ignored = (stats, terms), options.spec.ignore_index
         if block.prob is not None:
             whole = objective.of_candidates(stats, terms, block.target, block.prob, ignored)
-        total += objective.row_losses(*whole, formula).sum() * factor
+        losses[block.rows] = objective.row_losses(*whole, formula)[0]
         if any(needs):
             numbers = objective.numbers_of_loss(stats.top, stats.lse, whole[0].mass, whole[1], formula, g)
             if block.prob is None:
@@ -213,7 +213,7 @@ def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: 
                 given = (stats, terms, block.target, block.prob, ignored)
                 numbers, g_q = objective.numbers_of_candidates(numbers, *given)
             grads.add(block, numbers, g_q)
-    return [total, *grads.found()]
+    return [losses.sum() * factor, *grads.found()]
 
 
 def exact_grads(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._backends import slope
 from .._records import HeadRows, RowNumbers, compute_dtype, statistics_dtype
-from .._rows import dispatch, objective
+from .._rows import dispatch
 from .blocks import Blocks, HeadOptions, Needs, exact_grads, in_their_dtypes
 
 CHUNK = 1 << 20  # entries that are worked on at a time, in torch operations
@@ -53,34 +53,30 @@ def uniform(seed: Tensor, rows: Tensor) -> Tensor:
 
 
 @in_their_dtypes
-def stats_of(rows: HeadRows, factor: Tensor | None, options: HeadOptions) -> list[Tensor]:
+def stats_of(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
     """The statistics that are wanted, (1, N) each; for a row that is left out what the primitives say of one.
 
-    With a factor the loss of `loss_and_grads` comes before them, with a seed the `Entries` come behind them.
+    With a seed the `Entries` come behind them.
     """
-    blocks, hidden, formula = Blocks(rows, options), rows.hidden, options.formula
+    blocks, hidden = Blocks(rows, options), rows.hidden
     found = options.wanted.empty(hidden[None], rows.target[None])
     for whole in found:
         whole.fill_(0 if whole.is_floating_point() else -1)
-    total = [] if factor is None else [torch.zeros_like(factor)]
     numbers = torch.arange(len(hidden), device=hidden.device)
     counts, parts = torch.zeros_like(numbers), []
     for block in blocks:
         stats = blocks.stats(block)
         for whole, part in zip(found, stats.pack(), strict=True):
             whole[:, block.rows] = part
-        if factor is not None:
-            terms = objective.class_terms(block.target, rows.class_weight, len(rows.weight), formula)
-            total[0] += objective.row_losses(stats, terms, formula).sum() * factor
         if rows.seed is not None:
             u, r = uniform(rows.seed, numbers[block.rows]), options.resolution or 0
             samples = dispatch.row_samples(block.logits, block.target, stats.top, stats.lse, u, options.spec, r)
             counts[block.rows] = samples.counts
             parts.append(samples)
     if rows.seed is None:
-        return [*total, *found]
+        return found
     del blocks, block  # the buffer of logits, before the entries are there twice for a moment
-    return [*total, *found, counts.cumsum(0), torch.cat([p.classes for p in parts]), torch.cat([p.p for p in parts])]
+    return [*found, counts.cumsum(0), torch.cat([p.classes for p in parts]), torch.cat([p.p for p in parts])]
 
 
 @in_their_dtypes

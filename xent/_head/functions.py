@@ -67,14 +67,15 @@ def head_loss(rows: HeadRows, factor: Tensor, options: HeadOptions) -> Tensor:
     """factor * sum_n loss_n (0-d, in the statistics' dtype); with a seed, its gradient is sparse."""
     needs = _needs(rows)
     if rows.seed is not None and any(needs):
-        return apply("head_statistics", HeadStats, rows, factor, options)[0]  # type: ignore[no-any-return]
+        terms = objective.class_terms(rows.target[None], rows.class_weight, len(rows.weight), options.formula)
+        return objective.row_losses(head_stats(rows, options), terms, options.formula).sum() * factor
     return apply("head_loss", HeadLoss, rows, factor, options, needs)[0]  # type: ignore[no-any-return]
 
 
 def head_stats(rows: HeadRows, options: HeadOptions) -> Stats:
     """Differentiable `Stats`, (1, N) each; with a seed, their gradient is sparse."""
     rows = rows if any(_needs(rows)) else rows._replace(seed=None)
-    found = apply("head_statistics", HeadStats, rows, None, options)
+    found = apply("head_statistics", HeadStats, rows, options)
     return options.wanted.unpack(found, rows.target.is_floating_point())
 
 
@@ -142,43 +143,34 @@ def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype, sources: Sequence[Tenso
 
 
 class HeadStats(NoTransforms, torch.autograd.Function):
-    """The loss if there is a factor; those of `Stats` that are wanted, for each row; `Entries` if there is a seed."""
+    """Those of `Stats` that are wanted, for each row; `Entries` if there is a seed."""
 
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, ...]:
-        rows, (factor, options) = HeadRows.split(flat)
-        return tuple(run("head_statistics", stats_of, rows, factor, options))
+        rows, (options,) = HeadRows.split(flat)
+        return tuple(run("head_statistics", stats_of, rows, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, (factor, ctx.options) = HeadRows.split(inputs)
-        found = output if factor is None else output[1:]
-        stats = ctx.options.wanted.unpack(found, rows.target.is_floating_point())
+        rows, (ctx.options,) = HeadRows.split(inputs)
+        stats = ctx.options.wanted.unpack(output, rows.target.is_floating_point())
         entries = NO_ENTRIES if rows.seed is None else Entries(stats.picked, *output[-3:])
-        constants = (stats.top, stats.argmax, *entries[1:]) if factor is None else found
-        ctx.mark_non_differentiable(*[constant for constant in constants if constant is not None])
+        constants = [constant for constant in (stats.top, stats.argmax, *entries[1:]) if constant is not None]
+        ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*rows, factor, stats.top, stats.lse, stats.mass, stats.entropy, *entries)
+        ctx.save_for_backward(*rows, stats.top, stats.lse, stats.entropy, *entries)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(g is None for g in grads):
-            return (None,) * 9
+            return (None,) * 8
         options = ctx.options
-        rows, (factor, top, lse, mass, entropy, *entries) = HeadRows.split(ctx.saved_tensors)
-        target, soft = rows.target[None], rows.target.is_floating_point()
+        rows, (top, lse, entropy, *entries) = HeadRows.split(ctx.saved_tensors)
+        g, needs = options.wanted.unpack(grads, rows.target.is_floating_point()), ctx.needs_input_grad
         with torch.no_grad():
-            if factor is None:
-                g = options.wanted.unpack(grads, soft)
-                numbers, g_mass = numbers_of_stats(g, top, lse, entropy, target), g.mass
-            else:
-                formula, share = options.formula, grads[0] * factor
-                terms = objective.class_terms(target, rows.class_weight, len(rows.weight), formula)
-                numbers = objective.numbers_of_loss(top, lse, mass, terms, formula, share)
-                g_mass = -numbers.g_picked * lse if soft else None  # of lse mass - picked
-        needs = ctx.needs_input_grad[: len(rows.sources)]
-        found = stats_backward(rows, Entries(*entries), numbers, g_mass, options, needs)
-        return *[once_differentiable(grad, rows.sources, GONE) for grad in found], *[None] * 4
+            numbers = numbers_of_stats(g, top, lse, entropy, rows.target[None])
+        found = stats_backward(rows, Entries(*entries), numbers, g.mass, options, needs[: len(rows.sources)])
+        return *[once_differentiable(grad, rows.sources, GONE) for grad in found], *[None] * 3
 
 
 def stats_backward(
@@ -218,14 +210,12 @@ def _capacity(rows: HeadRows, options: HeadOptions) -> int:
     return len(rows.hidden) * torch.sym_min(len(rows.weight), per_row)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _statistics(rows: HeadRows, factor: Tensor | None, options: HeadOptions) -> list[Tensor]:
-    return with_room(stats_of(rows, factor, options), rows, options)
+def _statistics(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
+    return with_room(stats_of(rows, options), rows, options)
 
 
-def _empty_statistics(rows: HeadRows, factor: Tensor | None, options: HeadOptions) -> list[Tensor]:
-    total = [] if factor is None else [torch.empty_like(factor)]
-    stats = options.wanted.empty(rows.hidden[None], rows.target[None])
-    return [*total, *stats, *empty_entries(rows, options)]
+def _empty_statistics(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
+    return [*options.wanted.empty(rows.hidden[None], rows.target[None]), *empty_entries(rows, options)]
 
 
 def _empty_loss(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Needs) -> list[Tensor]:
@@ -258,7 +248,7 @@ FIELDS[Entries] = tuple(f"Tensor? entry_{name}" for name in Entries._fields)
 _LOSS = (HeadRows, "Tensor factor", HeadOptions, "bool[] needs")
 _GRADIENTS = (HeadRows, Entries, RowNumbers, "Tensor? g_mass", HeadOptions, "bool[] needs")
 define("head_loss", _LOSS, "Tensor[]", loss_and_grads, _empty_loss)
-define("head_statistics", (HeadRows, "Tensor? factor", HeadOptions), "Tensor[]", _statistics, _empty_statistics)
+define("head_statistics", (HeadRows, HeadOptions), "Tensor[]", _statistics, _empty_statistics)
 define("head_gradients", _GRADIENTS, "Tensor[]", stats_grads, _empty_gradients)
 differentiate("head_loss", HeadLoss)
 differentiate("head_statistics", HeadStats)

@@ -93,7 +93,7 @@ def _statistics(rows: HeadRows, group: str, options: HeadOptions) -> list[Tensor
         own = options._replace(spec=options.spec._replace(start=start, classes=total))
         # All ranks draw the same seed, and each needs another one.
         here = rows._replace(class_weight=part, seed=None if seed is None else seed + start)
-        found = stats_of(here, None, own)
+        found = stats_of(here, own)
         entries[:] = [] if seed is None else found[-3:]
         return options.wanted.unpack(found, target.is_floating_point())
 

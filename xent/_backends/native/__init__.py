@@ -1,4 +1,4 @@
-"""The two primitives in compiled C++ for CPU tensors: see native.cpp.
+"""The primitives of `_rows/dispatch.py`, and those of `_rows/formula.py`, in compiled C++ for CPU tensors: native.cpp.
 
 The compiled part checks what it is given, and writes into memory that is made here. It says NotImplemented where more
 than two strides lead to the rows of a tensor.
@@ -41,7 +41,6 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
-    """See `xent._rows.dispatch.row_statistics`."""
     stats = wanted.unpack(wanted.empty(logits, target), target.is_floating_point())
     if _native.statistics(*_read(logits, target, spec), _plain(class_weight), *stats):
         check_range(target, spec.classes or 0, spec.ignore_index)  # raises
@@ -51,7 +50,6 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
 def row_gradient(
     logits: Tensor, target: Tensor, numbers: RowNumbers, spec: RowSpec, class_weight: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """See `xent._rows.dispatch.row_gradient`."""
     given = [_plain(x) for x in numbers]
     if has_candidates(target):
         given[3] = numbers.g_picked.resolve_neg().to(FLOAT64).contiguous()
@@ -63,7 +61,7 @@ def row_gradient(
 def losses(
     input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | None, options: LossOptions
 ) -> tuple[Tensor, float, Tensor]:
-    """See `xent._rows.formula.losses`. The numbers: lse, of probabilities mass, and top in the logits' own digits."""
+    """The numbers: lse, of probabilities mass, and top in the logits' own digits."""
     layout, spec, formula, _ = options
     N, soft, dtype = layout.A * layout.B, target.is_floating_point(), formula.dtype
     numbers = torch.empty(N * (1 + soft) + (N if input.dtype is FLOAT64 else (N + 1) // 2), dtype=FLOAT64)
@@ -86,7 +84,6 @@ def losses(
 def losses_gradient(
     input: Tensor, target: Tensor, saved: Tensor, weight: Tensor | None, g: Tensor, divisor: float, options: LossOptions
 ) -> Tensor:
-    """See `xent._rows.formula.losses_gradient`."""
     layout, spec, formula, inplace = options
     memory = _memory(input.detach() if inplace else None, input, target)
     saved, threads = saved.contiguous(), torch.get_num_threads()
@@ -105,7 +102,7 @@ def losses_gradient(
 def row_samples(
     logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, uniform: Tensor, spec: RowSpec, resolution: float
 ) -> Samples:
-    """See `xent._rows.dispatch.row_samples`. As many rows at a time as have few slots for their entries."""
+    """As many rows at a time as have few slots for their entries."""
     _, B, C = logits.shape
     if logits.stride(2) != 1:
         logits = logits.contiguous()
@@ -124,7 +121,6 @@ def row_samples(
 
 
 def transpose(ends: Tensor, classes: Tensor, coefficient: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `xent._rows.dispatch.transpose`."""
     given = [t.contiguous() for t in (ends, classes, coefficient)]
     found = torch.empty(C, dtype=torch.int64), torch.empty_like(given[1]), torch.empty_like(given[2])
     _native.transpose(*given, *found)
@@ -132,7 +128,6 @@ def transpose(ends: Tensor, classes: Tensor, coefficient: Tensor, C: int) -> tup
 
 
 def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `xent._rows.dispatch.gather_sums`."""
     ends, index, coefficient = ends.contiguous(), index.int().contiguous(), coefficient.contiguous()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = advise_huge_pages(torch.empty(len(ends), rows.shape[1], dtype=dtype))

@@ -1,4 +1,4 @@
-"""The two primitives as Triton kernels, for CUDA and ROCm: what is made, chosen and launched.
+"""The primitives of `_rows/dispatch.py` as Triton kernels, for CUDA and ROCm: what is made, chosen and launched.
 
 plan.py chooses the tiles, forward.py and backward.py are the kernels, tiles.py is what they share. samples.py is the
 sampling pass of a sparse gradient, whose products are torch's own, as `eager` has them.
@@ -69,7 +69,6 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
-    """See `xent._rows.dispatch.row_statistics`."""
     A, B, C = logits.shape
     ignore_index, scale, softcap, start, classes = spec
     soft = target.is_floating_point()
@@ -104,7 +103,6 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
 def row_gradient(
     logits: Tensor, target: Tensor, numbers: RowNumbers, spec: RowSpec, class_weight: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """See `xent._rows.dispatch.row_gradient`."""
     A, B, C = logits.shape
     ignore_index, scale, softcap, start, _ = spec
     if out is None:
@@ -127,7 +125,6 @@ def row_gradient(
 def row_samples(
     logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, uniform: Tensor, spec: RowSpec, resolution: float
 ) -> Samples:
-    """See `xent._rows.dispatch.row_samples`."""
     A, B, C = logits.shape
     ignore_index, scale, softcap, start, _ = spec
     N, batch_size = A * B, batch(logits, target, top, lse)
