@@ -242,14 +242,8 @@ def token_stats(
         entropy and prediction are None unless asked for.
 
     Raises:
-        TypeError: `input` or `target` is not a Tensor, or an option is not of its type.
-        ValueError: shapes do not fit each other, two class dimensions fit, `target` holds probabilities, or an option
-            is out of its range; over a `group`, the arguments of two ranks do not fit each other.
-        IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
-            assertion), or `dim` is out of range.
-        RuntimeError: a dtype is not among those above, or devices differ; in backward, the logits were modified; over a
-            `group`, the transport failed or a rank never came.
-        NotImplementedError: forward mode over forward mode; over a `group`, a second derivative or forward mode.
+        ValueError: `target` holds probabilities; or as :func:`cross_entropy`, for an argument that both have.
+        TypeError: as there, and so are IndexError, RuntimeError and NotImplementedError.
 
     Example:
         A focal loss, :math:`-(1 - p_y)^\gamma \log p_y`, and the textbook form of it:

@@ -225,15 +225,9 @@ def linear_token_stats(
         TokenStats(log_prob, lse, entropy, prediction), float32 (float64 for float64; the prediction int64).
 
     Raises:
-        TypeError: an argument is not of its type, or a DTensor that is not gathered.
-        ValueError: shapes do not fit each other, `target` holds probabilities, or an option is out of its range or has
-            no meaning beside the others; over a `group`, the arguments of two ranks do not fit each other.
-        IndexError: a target is outside `[0, C)` and not `ignore_index` (on CUDA: an asynchronous device-side
-            assertion).
-        RuntimeError: dtypes or devices differ; in backward, `input` or the head was modified; over a `group`, the
-            transport failed or a rank never came.
-        NotImplementedError: under vmap and forward-mode differentiation; when a gradient that was computed with
-            `create_graph=True` is differentiated again; and for `torch.autograd.grad(is_grads_batched=True)`.
+        ValueError: `target` holds probabilities; or as :func:`linear_cross_entropy`, for an argument that both have.
+        TypeError: as there, and so are IndexError and RuntimeError.
+        NotImplementedError: as there, and for `torch.autograd.grad(is_grads_batched=True)` in any case.
 
     Example:
         >>> import torch, xent
