@@ -17,20 +17,20 @@ from .. import _torch
 from .._records import HeadRows, Layout, RowNumbers, RowOptions, RowSpec, Stats, Wanted
 from . import dispatch
 
+
+def _tensors(record: type) -> tuple[str, ...]:
+    """The fields of a record of tensors, as a schema has them."""
+    return tuple(f"Tensor{'?' * ('None' in str(kind))} {name}" for name, kind in record.__annotations__.items())
+
+
 # An operator has no records but their fields, one by one: their types and names, in their order.
 FIELDS: dict[type, tuple[Any, ...]] = {
     Layout: ("int axis", "SymInt A", "SymInt B"),
     RowSpec: ("int ignore_index", "float scale", "float? softcap", "SymInt start", "SymInt? classes"),
     Wanted: ("bool wsum", "bool entropy", "bool argmax"),
-    RowNumbers: (
-        *("Tensor top", "Tensor lse"),
-        *("Tensor g_lse", "Tensor g_picked", "Tensor? g_wsum", "Tensor? g_entropy"),
-    ),
+    RowNumbers: _tensors(RowNumbers),
     RowOptions: (Layout, RowSpec, Wanted, "bool inplace"),
-    HeadRows: (
-        *("Tensor hidden", "Tensor weight", "Tensor? bias"),
-        *("Tensor target", "Tensor? prob", "Tensor? class_weight", "Tensor? seed"),
-    ),
+    HeadRows: _tensors(HeadRows),
 }
 PARAMETERS: dict[str, tuple[Any, ...]] = {}  # of each operator: records, or types and names
 
