@@ -63,7 +63,7 @@ def test_one_number_for_all_rows(backend: str, soft: bool) -> None:
     x, y = problem(torch.float64, soft)
     stats = dispatch.row_statistics(x, y, RowSpec(), Wanted())
     one, apart = torch.tensor(0.5).double(), torch.randn(B, A).double()
-    for g in (one.expand(A, B), apart.T):
+    for g in (one.expand(A, B), apart.T, apart.T.float()):
         grads = [
             dispatch.row_gradient(x, y, RowNumbers(stats.top, stats.lse, h, -h), RowSpec()) for h in (g, g.contiguous())
         ]
@@ -77,6 +77,7 @@ BLOCKS: dict[str, tuple[tuple[int, int, int], str]] = {  # (A, B, C) for which n
     "just short": ((3, 30, 32), "cut sequences"),
     "images": ((2, fewer(40, 300), 21), "images"),
     "small images": ((9, 5, 7), "images"),
+    "a tile and a few classes": ((1, fewer(70, 300), 207), "images"),
     "more classes than a tile": ((1, 70, fewer(90, 700)), "images"),
     "few positions, many classes": ((1, 3, fewer(300, 3000)), "images"),
     "classes first": ((5, 40, 19), "classes first"),

@@ -70,6 +70,7 @@ def test_refusals(logits: Tensor, target: Tensor, reason: str) -> None:
         ((v, v, v, v), {"out": x.double()}, "out: expected"),
         ((v, v, v, v), {"out": x[:3]}, "out: expected"),
         ((v, v, v, v), {"out": x.to("meta")}, "out: expected"),
+        ((v, v, v, v), {"out": negated}, "out: expected"),
         ((v, v, v, v), {"out": x[:1].expand(4, 5)}, "apart from each other"),
         ((v, v, v, v), {"out": x[:, :1].expand(4, 5)}, "apart from each other"),
         ((v, v, v, v), {"out": torch.as_strided(torch.randn(30), (4, 5), (3, 1))}, "apart from each other"),
@@ -147,6 +148,8 @@ def test_numbers_that_are_yet_to_be_negated() -> None:
     one, weight = torch.complex(v, v)[:1].conj().imag, torch.complex(big[0], big[0])[:1].conj().imag
     found = stats_of(x[:1], y[:1])[:2]
     assert grad(x[:1], y[:1], *found, one, one).equal(grad(x[:1], y[:1], *found, -v[:1], -v[:1]))
+    several = grad(x[:1], y[:1, None], *found, one, one[:, None])
+    assert several.equal(grad(x[:1], y[:1, None], *found, one, -v[:1, None]))
     q = torch.ones(4, 1)
     assert stats_of(x[:, :1], q, class_weight=weight).mass.equal(-big[0, :1].double().expand(4))
 

@@ -61,6 +61,7 @@ OPTIONS = {
     "smoothing": (Case(BFLOAT, ODD, smoothing=True), *PLAIN, 128),
     "smoothing with weights": (Case(BFLOAT, EVEN, smoothing=True, weight=True), (3, 0, 0, 0), (3, 0, 1, 0), 128),
     "the same, odd": (Case(BFLOAT, ODD, smoothing=True, weight=True), (1, 8, 0, 0), (1, 8, 1, 0), 128),
+    "the same, one row": (Case(BFLOAT, ODD, N=1, smoothing=True, weight=True), (3, 0, 0, 0), (3, 0, 1, 0), 128),
     "probabilities": (Case(BFLOAT, ODD, target=BFLOAT), (2, 0, 0, 0), (2, 0, 1, 0), 128),
     "wide probabilities": (Case(BFLOAT, ODD, target=FLOAT), (3, 0, 0, 0), (3, 0, 1, 0), 128),
     "probabilities of whole vectors": (Case(FLOAT, EVEN, target=FLOAT), (2, 0, 0, 0), (2, 0, 1, 0), 128),
