@@ -97,7 +97,8 @@ def linear_cross_entropy(
             Not for `label_smoothing` beside `softcap`, whose gradient is neither sparse nor of rank one, and not beside
             `target_prob`.
         generator: where the one seed of a call comes from; None is the device's default generator, as for dropout. The
-            same seed gives the same gradient, whatever the number of threads or `max_bytes`.
+            same seed keeps the same entries of the same logits, whatever the number of threads or `max_bytes`; but a
+            product of another size may round a logit differently, and so keep another entry.
 
     Returns:
         A 0-d tensor, or for "none" one loss for each position, of the target's shape without the class dimension (with
