@@ -40,20 +40,20 @@ def native_exp(t: Tensor) -> Tensor:
 
 
 def test_exp32() -> None:
-    negative = torch.arange(0x80000000 - 2**32, 0xC2AEA8F6 - 2**32, 499, dtype=torch.int32).view(torch.float32)
+    negative = torch.arange(0x80000000 - 2**32, 0xC2AF5C29 - 2**32, 499, dtype=torch.int32).view(torch.float32)
     positive = torch.arange(0, 0x42B00000, 499, dtype=torch.int32).view(torch.float32)
-    assert negative.min() < -87.3
+    assert negative.min() < -87.67  # where e^t is subnormal
     assert positive.max() > 87.9
     for t in (negative, positive):
         truth = torch.exp(t.double())
-        ulp = 2.0 ** (torch.frexp(truth).exponent - 24.0)
+        ulp = (2.0 ** (torch.frexp(truth).exponent - 24.0)).clamp(min=2.0**-149)
         assert ((native_exp(t).double() - truth).abs() / ulp).max() <= 1.3
 
 
 def test_exp64() -> None:
     if np.finfo(np.longdouble).nmant <= 52:
         pytest.skip("no type here is more precise than float64")
-    t = torch.cat([torch.linspace(-708.3, 709, 1_000_001), -torch.logspace(-300, 2, 100_001)]).double()
+    t = torch.cat([torch.linspace(-708.73, 709, 1_000_001), -torch.logspace(-300, 2, 100_001)]).double()
     t += torch.rand(len(t), dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * t * 1e-9
     truth = np.exp(t.numpy().astype(np.longdouble))
     ulp = np.spacing(truth.astype(np.float64)).astype(np.longdouble)
