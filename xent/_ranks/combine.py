@@ -17,7 +17,7 @@ This is plain differentiable torch. d lse / d lse_r = pi_r turns the softmax of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ class Gathered(NamedTuple):
         stats = wanted.unpack([next(left) for _ in range(wanted.count(soft))], soft)
         row_weight = next(left) if weighted and not soft else None
         return cls(stats, row_weight, next(left), next(left) if weighted and (soft or wanted.wsum) else None)
+
+    @classmethod
+    def split(cls, flat: Sequence[Any]) -> tuple[Gathered, Sequence[Any]]:
+        """From all of its tensors, flattened, as the first ones of `flat`; and the others."""
+        count = len(Stats._fields)
+        own = count + len(cls._fields) - 1
+        return cls(Stats(*flat[:count]), *flat[count:own]), flat[own:]
 
     @property
     def constants(self) -> list[Tensor]:

@@ -63,7 +63,7 @@ class RankStats(torch.autograd.Function):
             return (None,) * 5
         input, target, *found = ctx.saved_tensors
         layout, spec, wanted, _ = ctx.options
-        gathered, rank = Gathered(Stats(*found[:-3]), *found[-3:]), _torch.process_group(ctx.group).rank()
+        (gathered, _), rank = Gathered.split(found), _torch.process_group(ctx.group).rank()
         y, own, flowing = gathered.of_rank(rank, grads, target, spec.ignore_index, input.shape[layout.axis], wanted)
         saved = (input, y, gathered.part, own.top, own.lse, own.entropy)
         local = ctx.options._replace(spec=spec._replace(ignore_index=-1))

@@ -61,7 +61,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
         if all(g is None for g in flow):
             return (None,) * 9
         rows, found = HeadRows.split(ctx.saved_tensors)
-        gathered, entries = Gathered(Stats(*found[:-6]), *found[-6:-3]), found[-3:]
+        gathered, entries = Gathered.split(found)
         group, options = _torch.process_group(ctx.group), ctx.options
         ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[: len(rows.sources)], len(rows.weight)
         (y,), own, g = gathered.of_rank(group.rank(), flow, rows.target[None], ignore_index, C, options.wanted)
