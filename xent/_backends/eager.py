@@ -39,7 +39,7 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
         z = scores(logits[rows], spec.scale, spec.softcap)
         top = z.amax(-1)
         u = z - top.clamp(min=torch.finfo(z.dtype).min)[..., None]  # of -inf: not -inf - -inf; of +inf: NaN, as due
-        mass = wsum = entropy = argmax = None
+        mass = wsum = argmax = None
         if soft:
             q = _weighted(target[rows].to(u.dtype), class_weight)
             picked, mass = _dot(q, u, dtype), q.sum(-1, dtype=dtype)
@@ -53,9 +53,10 @@ def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted
             argmax = z.argmax(-1)
         e = u.exp() if wanted.entropy else u.exp_()
         s = e.sum(-1).to(dtype)
-        if wanted.entropy:
-            entropy = s.log() - _dot(e, u, dtype) / s  # -sum_c p_c (u_c - log s)
-        found = Stats(top.nan_to_num_(0, 0, 0), s.log_(), picked, mass, wsum, entropy, argmax).pack()
+        mean = _dot(e, u, dtype) / s if wanted.entropy else None  # sum_c p_c u_c
+        lse = s.log_()
+        entropy = None if mean is None else lse - mean
+        found = Stats(top.nan_to_num_(0, 0, 0), lse, picked, mass, wsum, entropy, argmax).pack()
         for all_rows, some in zip(stats.pack(), found, strict=True):
             if mask is not None:
                 some = torch.where(mask[rows], some, -1 if some is argmax else 0)

@@ -25,9 +25,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _records, _torch
+from .. import _torch
 from .._backends import advise_huge_pages, check_range
-from .._records import HeadRows, Layout, Objective, RowNumbers, RowOptions, RowSpec, Stats, Wanted, compute_dtype
+from .._records import (
+    HeadRows,
+    Layout,
+    Objective,
+    RowNumbers,
+    RowOptions,
+    RowSpec,
+    Stats,
+    Wanted,
+    compute_dtype,
+    rows_that_count,
+)
 from .._rows import objective, operators
 from .._rows.derivatives import coefficient_gradient
 from .products import ROWS_LAST, TILE, add_outer, block_dtype, hidden_gradient, logits_of
@@ -82,7 +93,7 @@ class Blocks:
         self.kept: Tensor | None = None
         if not target.is_floating_point():
             check_range(target, options.spec.classes or C, options.spec.ignore_index)
-            counts = _records.rows_that_count(target[None], options.spec.ignore_index)[0]
+            counts = rows_that_count(target[None], options.spec.ignore_index)[0]
             kept = counts.nonzero()  # the one time that the host waits for a device
             self.kept = None if len(kept) == N else kept[:, 0]
         elif options.shift:
