@@ -21,4 +21,4 @@ export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS
 export PYTHONPATH=$work XENT_BACKEND=native PYTHONMALLOC=malloc  # so that every Python object lies between guards as well
 python -m pytest -n 0 -q -p no:cacheprovider --rootdir "$work" -c "$work/pyproject.toml" \
     "$root"/tests/backends/test_{native,native_calls,native_formula,primitives,primitives_edges,layouts}.py \
-    "$root"/tests/rows/test_candidates.py "$@"
+    "$root"/tests/rows/test_candidates.py "$root"/tests/head/test_{logits,sparse_samples}.py "$@"

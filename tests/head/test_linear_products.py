@@ -218,26 +218,3 @@ def test_on_a_device(dtype: torch.dtype, reduction: str) -> None:
     for a, b, t in zip(ours, results(plain, h, W, y, reduction), truth, strict=True):
         rounding = torch.finfo(dtype).eps / 2 * t.abs() if t.dim() == 0 else 0
         assert (a - t).norm() <= 1.25 * (b - t).norm() + rounding
-
-
-class Largest(TorchDispatchMode):
-    """The most bytes that any operator has returned."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and not func.is_view and "out" not in (kwargs or {}):
-            self.bytes = max(self.bytes, found.nbytes)
-        return found
-
-
-@pytest.mark.parametrize("D", [1, 64])
-@pytest.mark.parametrize("rows", [1, 64, 100, 600])
-def test_logits_by_slices(rows: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_products, "SLICE_BYTES", 1 << 16)
-    h, W, out = torch.randn(rows, D), torch.randn(5000, D), torch.empty(rows, 5000)
-    with Largest() as largest:
-        _products.logits_of(h, W, None, out)
-    assert largest.bytes <= max(_products.SLICE_BYTES, (rows + _products.TILE) * D * 4)
-    torch.testing.assert_close(out.double(), h.double() @ W.double().t(), atol=1e-4, rtol=0)

@@ -109,6 +109,13 @@ def row_gradient(
     return out
 
 
+def linear(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """By parts of the head that stay in the cache: one product would pack all of it anew for each block of rows."""
+    hidden, width = hidden.to(out.dtype), rows_of_block(weight, CACHE_BYTES)
+    for at in range(0, len(weight), width):
+        torch.mm(hidden, weight[at : at + width].to(out.dtype).t(), out=out[:, at : at + width])
+
+
 def row_samples(
     logits: Tensor, target: Tensor, top: Tensor, lse: Tensor, uniform: Tensor, spec: RowSpec, resolution: float
 ) -> Samples:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from .._rows import dispatch
 
 SLICE_BYTES = 4 << 20  # of what is made of a part of the head at a time: it stays in a core's cache
-ROWS_LAST, TILE = range(64, 513), 16  # rows: see `logits_of`
 
 
 def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -31,22 +31,11 @@ def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """h W^T + b, written to `out`, which is of `block_dtype`.
-
-    On a CPU by slices of the head: one product would pack all of it anew for each block of rows. Of fewer rows than a
-    slice has classes, W h^T takes less time than h W^T, if they are filled up to whole tiles of the product.
-    """
+    """h W^T + b, written to `out`, which is of `block_dtype`."""
     if out.dtype != weight.dtype and _torch.writes_float32(weight):
         torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
     elif out.is_cpu or out.dtype != weight.dtype:
-        h, rows_last = h.to(out.dtype), len(h) in ROWS_LAST
-        h_t = torch.nn.functional.pad(h, (0, 0, 0, -len(h) % TILE)).t() if rows_last else h.t()
-        for part in _slices(weight, out.dtype, h_t.shape[1] if rows_last else 1):
-            W = weight[part].to(out.dtype)
-            if rows_last:
-                out[:, part].copy_((W @ h_t)[:, : len(h)].t())
-            else:
-                torch.mm(h, W.t(), out=out[:, part])
+        dispatch.linear(h, weight, out)
     else:
         torch.mm(h, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
@@ -81,8 +70,8 @@ def add_outer(total: Tensor, G: Tensor, h: Tensor, block: int) -> None:
                 total[part].add_(torch.addmm(product, G_t, h, beta=-1))
 
 
-def _slices(head: Tensor, dtype: torch.dtype, rows: int = 1) -> Iterator[slice]:
-    """The classes of a head (C, D) in parts of SLICE_BYTES in `dtype`; so, too, their logits of some rows."""
-    width = max(1, SLICE_BYTES // (max(head.shape[1], rows, 1) * dtype.itemsize))
+def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """The classes of a head (C, D) in parts of SLICE_BYTES in `dtype`."""
+    width = max(1, SLICE_BYTES // (max(head.shape[1], 1) * dtype.itemsize))
     for begin in range(0, len(head), width):
         yield slice(begin, begin + width)

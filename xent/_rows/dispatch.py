@@ -1,8 +1,8 @@
 """The contract of the primitives, and the choice of the backend that runs them.
 
 Every loss of this package is a function of a few numbers per row, so every pass over the logits is one of the first two
-functions; the sparse gradient of a head, see `_head/entries.py`, has three of its own. A backend is a module with the
-first two at least, plus `refusal`, which says why it cannot take a given pair of tensors; what it lacks, `eager` does.
+functions; a linear head has four of its own, see `_head/`. A backend is a module with the first two at least, plus
+`refusal`, which says why it cannot take a given pair of tensors; what it lacks, `eager` does.
 
 The letters, here and in every backend: logits (A, B, C) with any three strides, so that no layout has to be copied; a
 row is one (a, b), with C classes held here. `x` the raw logits of one row, `z = softcap * tanh(scale * x / softcap)`
@@ -11,6 +11,7 @@ row is one (a, b), with C classes held here. `x` the raw logits of one row, `z =
 
     row_statistics  reads every logit once, writes nothing but one number per row
     row_gradient    reads every logit once, writes every gradient once
+    linear          the product of hidden states and head, which gives logits
     row_samples     reads every logit once, writes a few probabilities per row: the others are rounded, at random, to 0
     transpose, gather_sums    the products of a sparse matrix, which has such entries, with a dense one
 
@@ -95,6 +96,11 @@ def row_gradient(
     if out is not None:  # whoever saved the old values for backward finds out, as after any in-place operation
         torch.autograd.graph.increment_version(out)
     return found
+
+
+def linear(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "C D"], out: Float[Tensor, "N C"]) -> None:
+    """out = hidden weight^T: the logits of a head, summed in the dtype of `out`."""
+    _function("linear", weight[None], hidden.new_zeros(1, 1, dtype=torch.int64))(hidden, weight, out)
 
 
 def row_samples(

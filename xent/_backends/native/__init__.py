@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _torch
 from ..._records import Layout, LossOptions, RowNumbers, RowSpec, Samples, Stats, Wanted, compute_dtype, has_candidates
-from .. import LOGITS, advise_huge_pages, check_range, elements_are_apart, refusal_to_read
+from .. import LOGITS, advise_huge_pages, check_range, eager, elements_are_apart, refusal_to_read
 
 try:
     _native: Any = importlib.import_module("._native", __name__)
@@ -97,6 +97,11 @@ def losses_gradient(
         memory = losses_gradient(*rows, saved, weight, g, divisor, options)
         return layout.restore(memory, input.shape).data
     return memory
+
+
+def linear(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    if not _native.linear(hidden.resolve_neg(), weight, out, torch.get_num_threads()):
+        eager.linear(hidden, weight, out)
 
 
 def row_samples(

@@ -1,11 +1,43 @@
-// The Python functions of a sparse gradient: a part of native.cpp.
+// The Python functions of a linear head: a part of native.cpp.
 
-const SparseKernels& sparse_kernels() {
+const HeadKernels& head_kernels() {
 #if defined(__GNUC__) && defined(__x86_64__)
-    if (kernels == &avx512::KERNELS) return avx512::SPARSE;
-    if (kernels == &avx2::KERNELS) return avx2::SPARSE;
+    if (kernels == &avx512::KERNELS) return avx512::HEAD;
+    if (kernels == &avx2::KERNELS) return avx2::HEAD;
 #endif
-    return baseline::SPARSE;
+    return baseline::HEAD;
+}
+
+// (hidden, head, out, threads): False where others do it.
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (wrong_count(count, 4)) return nullptr;
+    Arguments a{args};
+    const Tensor hidden = a.tensor("hidden"), head = a.tensor("head"), out = a.tensor("out");
+    const int64_t threads = a.integer();
+    const Type type = head.type == FLOAT64 ? FLOAT64 : FLOAT32;
+    if (PyErr_Occurred()) return nullptr;
+    if (hidden.dl.ndim != 2 || head.dl.ndim != 2 || hidden.dl.shape[1] != head.dl.shape[1]) unexpected(hidden, "rows as wide as those of the head");
+    LinearCall c{};
+    c.N = head.dl.shape[0], c.n = hidden.dl.shape[0], c.D = head.dl.shape[1], c.stride = head.dl.strides[0];
+    expect(out, {c.n, c.N});
+    if (PyErr_Occurred()) return nullptr;
+    const HeadKernels& of = head_kernels();
+    if (!of.panel_bytes || !head.soft() || hidden.type != head.type || out.type != type || head.dl.strides[1] != 1) Py_RETURN_FALSE;
+    const auto matrix = [](const Tensor& x) { return Matrix{x.data(), x.dl.shape[0], 0, x.dl.strides[0], x.dl.strides[1]}; };
+    const int64_t panel = of.panel_bytes / (type == FLOAT64 ? 8 : 4), panels = (c.n + panel - 1) / panel;
+    void* memory = std::malloc(size_t((panels * c.D + 1) * of.panel_bytes));
+    if (!memory) return PyErr_NoMemory();
+    c.logits = matrix(hidden), c.out = matrix(out), c.head = head.data();
+    c.panels = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) / 64 + 1) * 64);  // whole cache lines
+    PyThreadState* state = PyEval_SaveThread();
+    LinearCall pack = c;
+    pack.N = panels, pack.rows_per_task = pack.parts = 1;
+    run(of.pack_panel[head.type - FLOAT32], pack, unsigned(threads));
+    c.rows_per_task = HEAD_CLASSES, c.parts = 1;
+    run(of.linear[head.type - FLOAT32], c, unsigned(threads));
+    PyEval_RestoreThread(state);
+    std::free(memory);
+    Py_RETURN_TRUE;
 }
 
 // (..., top, lse, uniform, resolution, slots, and memory: classes, p, counts)
@@ -26,7 +58,7 @@ PyObject* py_samples(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (PyErr_Occurred()) return nullptr;
     PyThreadState* state = PyEval_SaveThread();
     c.rows_per_task = 1, c.parts = 1, c.classes_per_task = c.C;
-    run(sparse_kernels().samples[read.dtype()], c, read.threads);
+    run(head_kernels().samples[read.dtype()], c, read.threads);
     pack(c, read.doubles() ? 8 : 4);
     PyEval_RestoreThread(state);
     Py_RETURN_NONE;
@@ -73,7 +105,7 @@ PyObject* py_gather_sums(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (PyErr_Occurred()) return nullptr;
     PyThreadState* state = PyEval_SaveThread();
     c.rows_per_task = c.N / 1024 + 1, c.parts = 1, c.classes_per_task = 0;
-    run(sparse_kernels().gather_sums[rows.type - FLOAT32], c, unsigned(threads));
+    run(head_kernels().gather_sums[rows.type - FLOAT32], c, unsigned(threads));
     PyEval_RestoreThread(state);
     Py_RETURN_NONE;
 }

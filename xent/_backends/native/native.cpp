@@ -4,7 +4,7 @@
 // Python hands over, primitives.h, losses.h and entries.h the Python functions, settings.h those that are no call; math.h
 // one number, call.h one call, rows.h the passes over rows, loops.h their inner loops, tiles.h, lanes.h and blocks.h the same
 // for many rows at once, numbers.h what a row takes besides its logits, threads.h who does what, memory.h how memory is asked
-// for, candidates.h several classes per row, samples.h and sparse.h the sparse gradient; and here the instruction sets.
+// for, candidates.h several classes per row, head.h, linear.h and samples.h a linear head; and here the instruction sets.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -15,7 +15,7 @@
 #include "call.h"
 #include "math.h"
 #include "memory.h"
-#include "sparse.h"
+#include "head.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -35,20 +35,26 @@ namespace {
 #define F16C
 namespace avx512 {
 #define NAME "avx512"
+#define VECTOR 64
 #define LOOP __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #include "rows.h"
 #include "samples.h"
+#include "linear.h"
 #undef LOOP
 #undef NAME
+#undef VECTOR
 }  // namespace avx512
 
 namespace avx2 {
 #define NAME "avx2"
+#define VECTOR 32
 #define LOOP __attribute__((noinline, target("avx2,fma,f16c")))
 #include "rows.h"
 #include "samples.h"
+#include "linear.h"
 #undef LOOP
 #undef NAME
+#undef VECTOR
 }  // namespace avx2
 #undef F16C
 #endif
@@ -62,6 +68,7 @@ namespace baseline {  // what the compiler may assume anyway: SSE2 on x86-64, NE
 #endif
 #include "rows.h"
 #include "samples.h"
+#include "linear.h"
 }  // namespace baseline
 
 // The usable sets, best first.
@@ -157,6 +164,7 @@ PyMODINIT_FUNC PyInit__native() {
         {"gradient", fast(py_gradient), METH_FASTCALL, nullptr},
         {"losses", fast(py_losses), METH_FASTCALL, nullptr},
         {"losses_gradient", fast(py_losses_gradient), METH_FASTCALL, nullptr},
+        {"linear", fast(py_linear), METH_FASTCALL, nullptr},
         {"samples", fast(py_samples), METH_FASTCALL, nullptr},
         {"transpose", fast(py_transpose), METH_FASTCALL, nullptr},
         {"gather_sums", fast(py_gather_sums), METH_FASTCALL, nullptr},

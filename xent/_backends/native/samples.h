@@ -182,8 +182,3 @@ LOOP void gather_sums(const Call& call, int64_t task) {
         }
     }
 }
-
-constexpr SparseKernels SPARSE = {
-    {samples<float>, samples<BFloat16>, samples<Float16>, samples<double>},
-    {gather_sums<float>, gather_sums<BFloat16>, gather_sums<Float16>, gather_sums<double>},
-};

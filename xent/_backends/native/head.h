@@ -1,4 +1,4 @@
-// What the calls of samples.h are about, and the counting sort between its two halves.
+// What the calls about a linear head are, those of linear.h and samples.h; and the counting sort of its entries.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -23,9 +23,20 @@ struct SumsCall : Call {  // N sums
     int64_t out_kind;  // its type, as that of logits
 };
 
-struct SparseKernels {
+constexpr int HEAD_CLASSES = 48;  // of a task of linear.h
+
+struct LinearCall : Call {  // N classes, whose logits of n rows are computed
+    int64_t n, D, stride;  // the row stride of the head
+    const void* head;
+    void* panels;  // the hidden states, see linear.h
+};
+
+struct HeadKernels {
     void (*samples[4])(const Call&, int64_t task);
     void (*gather_sums[4])(const Call&, int64_t task);
+    void (*pack_panel[4])(const Call&, int64_t task);  // by the type of the hidden states and the head
+    void (*linear[4])(const Call&, int64_t task);
+    int64_t panel_bytes;  // of a panel's rows; 0: there are no such kernels
 };
 
 // Close the gaps between the rows' entries.
