@@ -158,10 +158,13 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
     }
 }
 
-// How many rows are a block. By class: what stays in the first-level cache, and no block that lies in two places.
+// How many rows are a block. By class: what stays in the first-level cache, but enough for some cache lines of each class
+// to follow each other, and no block that lies in two places.
+template <class T>
 inline int block(const Call& c, int64_t row, int64_t row_end) {
     const int64_t fitting = SIZE / 2 / (c.C + 1) / LANES * LANES, left = row_end - row, here = c.logits.B - row % c.logits.B;
-    int64_t rows = fitting > WIDTH || !c.by_class ? WIDTH : fitting < 64 ? 64 : fitting;
+    const int64_t fewest = sizeof(T) == 2 && c.logits.class_stride != 1 ? 128 : 64;
+    int64_t rows = fitting > WIDTH || !c.by_class ? WIDTH : fitting < fewest ? fewest : fitting;
     if (rows > left) rows = left;
     return int(c.by_class && rows > here && here >= LANES ? here : rows);
 }

@@ -67,7 +67,11 @@ INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, 
     if constexpr (std::is_same_v<T, F>)
         if (side_by_side && as_it_is) z = {x.at<T>(row, at), x.class_stride};
     if (!side_by_side) transpose<T>(x, row, rows, at, n, scale, z, cap == 0 ? top : nullptr);
-    for (int i = 0; i < n && side_by_side && !as_it_is; ++i) convert(x.at<T>(row, at + i), rows, scale, z[i]);
+    for (int i = 0; i < n && side_by_side; ++i) {
+        const T* x_i = x.at<T>(row, at + i);
+        for (int k = rows; k < 2 * rows; k += 64 / int(sizeof(T))) PREFETCH(x_i + k, 2);  // of the next block
+        if (!as_it_is) convert(x_i, rows, scale, z[i]);
+    }
     for (int i = 0; i < n && cap != 0; ++i) convert_capped(z[i], rows, F(1), cap, z[i]);
     if (top && (side_by_side || cap != 0)) raise(z, n, rows, top);
     return z;

@@ -180,7 +180,7 @@ template <class T>
 LOOP void statistics(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
     for (int64_t row = r.row, rows; row < r.row_end; row += rows) {
-        rows = block(c, row, r.row_end);
+        rows = block<T>(c, row, r.row_end);
         c.by_class ? statistics_by_class<T>(c, task, row, int(rows), r.at, r.end)
                    : statistics_by_row<T>(c, task, row, int(rows), r.at, r.end);
     }
@@ -190,7 +190,7 @@ template <class T>
 LOOP void gradient(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
     for (int64_t row = r.row, rows; row < r.row_end; row += rows) {
-        rows = block(c, row, r.row_end);
+        rows = block<T>(c, row, r.row_end);
         c.by_class ? gradient_by_class<T>(c, row, int(rows), r.at, r.end) : gradient_by_row<T>(c, row, int(rows), r.at, r.end);
     }
 }
