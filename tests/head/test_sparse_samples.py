@@ -11,6 +11,7 @@ from interpreter import fewer
 from pairs import pairwise
 from torch import Tensor
 
+from xent._backends import eager
 from xent._head.entries import uniform
 from xent._records import RowSpec, Samples, Wanted
 from xent._rows import dispatch
@@ -136,8 +137,9 @@ def csr(N: int, C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
 
 @pytest.mark.parametrize("D", [1, 7, 64, 1100])
 @pytest.mark.parametrize("dtype", oracle.ALL_DTYPES, ids=str)
-def test_products(dtype: torch.dtype, D: int) -> None:
-    """Of a sparse matrix, and of its transpose, with a dense one: each rounded once."""
+def test_products(dtype: torch.dtype, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sparse matrix, and of its transpose, with a dense one: each rounded once. `eager` takes 100 at a time."""
+    monkeypatch.setattr(eager, "CACHE_BYTES", 1600)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     S, ends, classes, coefficient = csr(40, 90, compute)
     for left, entries, rows in (

@@ -122,7 +122,7 @@ def row_samples(
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
     counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     classes, kept = [counts.new_empty(0, dtype=torch.int32)], [logits.new_empty(0, dtype=compute_dtype(logits))]
-    for rows in _blocks(logits, _kept(target, spec, C)[1]):
+    for rows in _blocks(logits, _kept(target, spec, C)[1], 4):  # some of float64
         z = scores(logits[rows], spec.scale, spec.softcap).view(-1, C)
         base, factor = (x[rows].to(z.dtype).view(-1, 1) for x in (top, torch.exp(-lse)))
         p, u = torch.exp(z - base) * factor, uniform[rows[1]].to(dtype)[:, None]
@@ -142,9 +142,18 @@ def row_samples(
 
 
 def transpose(ends: Tensor, classes: Tensor, coefficient: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    found, order = classes.sort(stable=True)
-    rows = torch.searchsorted(ends, order, right=True, out_int32=True)
-    return torch.searchsorted(found, torch.arange(C, device=ends.device), right=True), rows, coefficient[order]
+    """Part by part, since torch sorts with indices of int64: each entry's place is behind all that are before it."""
+    found, step = torch.bincount(classes, minlength=C).cumsum(0), rows_of_block(classes[:, None], CACHE_BYTES // 4)
+    rows, moved = torch.empty_like(classes), torch.empty_like(coefficient)
+    next_place = torch.nn.functional.pad(found, (1, 0))[:-1]
+    for at in range(0, len(classes), step):
+        part, order = classes[at : at + step].sort(stable=True)
+        order += at
+        place = next_place[part] + torch.arange(len(part), device=part.device) - torch.searchsorted(part, part)
+        rows[place] = torch.searchsorted(ends, order, right=True, out_int32=True)
+        moved[place] = coefficient[order]
+        next_place += torch.bincount(part, minlength=C)
+    return found, rows, moved
 
 
 def gather_sums(ends: Tensor, index: Tensor, coefficient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -197,10 +206,10 @@ def _kept(target: Tensor, spec: RowSpec, C: int) -> tuple[bool, tuple[Tensor, ..
     return False, None if keep.all() else keep.nonzero(as_tuple=True), None
 
 
-def _blocks(logits: Tensor, kept: tuple[Tensor, ...] | None) -> Iterator[tuple[Any, Any]]:
-    """Indices of rows in blocks that stay in cache: of these rows, or of all."""
+def _blocks(logits: Tensor, kept: tuple[Tensor, ...] | None, terms: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Indices of rows in blocks that stay in cache, `terms` tensors of their size: of these rows, or of all."""
     A, B, _ = logits.shape
-    count = rows_of_block(logits, CACHE_BYTES)
+    count = rows_of_block(logits, CACHE_BYTES // terms)
     if kept is None:
         yield from blocks(A, B, count)
     else:
