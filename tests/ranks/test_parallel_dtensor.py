@@ -118,8 +118,12 @@ def all_ignored(group: ProcessGroup, on_empty: str) -> float:
         xent.cross_entropy(x, distribute_tensor(t, mesh, (S(0), R), src_data_rank=None), on_empty=on_empty)
         for t in (y, some)
     ]
-    alone = xent.cross_entropy(x.full_tensor(), some)
-    torch.testing.assert_close(losses[1].full_tensor(), alone)
+    whole = x.full_tensor()
+    torch.testing.assert_close(losses[1].full_tensor(), xent.cross_entropy(whole, some))
+    options = {"weight": torch.arange(6.0).remainder(5) - 1, "label_smoothing": 0.1, "on_empty": on_empty}
+    for t in (some, torch.ones(4).long(), some.where(some < 0, 2)):  # in a class of weight 0, and one of weight 1
+        weighted = xent.cross_entropy(x, distribute_tensor(t, mesh, (S(0), R), src_data_rank=None), **options)
+        torch.testing.assert_close(weighted.full_tensor(), xent.cross_entropy(whole, t, **options), equal_nan=True)
     return losses[0].full_tensor().item()
 
 

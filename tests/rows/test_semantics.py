@@ -137,10 +137,26 @@ def test_all_ignored(label_smoothing: float, weighted: bool) -> None:
         torch.testing.assert_close(loss, torchs, equal_nan=True)
 
 
-def test_all_valid_targets_in_classes_of_weight_zero() -> None:
-    x, y = batch()
-    loss, _ = assert_as_torch(x, y.where(y < 0, 2), torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]).double())
-    assert loss.isnan(), "0 / 0"
+@pytest.mark.usefixtures("backend")
+@either_target
+@pytest.mark.parametrize(
+    ("reduction", "label_smoothing"), [("mean", 0.0), ("mean", 0.1), ("mean", 1.0), ("sum", 0.1), ("none", 0.1)]
+)
+@pairwise(weight=[[1.0, 1.0, 0.0, 1.0, 1.0], [0.0] * 5], layout=["(C)", "(N, C)"], on_empty=["nan", "zero"])
+def test_targets_in_classes_of_weight_zero(
+    layout: str, soft: bool, weight: list[float], reduction: str, label_smoothing: float, on_empty: str
+) -> None:
+    """All valid ones: the mean of indices is 0 / 0, and NaN whatever the smoothing adds; it is not empty, either."""
+    x, y = batch(layout)
+    y, options = y.where(y < 0, 2), {"reduction": reduction, "label_smoothing": label_smoothing}
+    target, w = F.one_hot(y.clamp(0), 5).double() if soft else y, torch.tensor(weight).double()
+    expected = loss_and_grad(F.cross_entropy, x, target, w, **options)
+    found = loss_and_grad(drop_in, x, target, w, on_empty=on_empty, **options)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found[0].isnan().all() == (reduction == "mean" and not soft)
+    head = torch.eye(5).double()
+    through = xent.linear_cross_entropy(x, head, target, weight=w, on_empty=on_empty, **options)
+    torch.testing.assert_close(through, expected[0], equal_nan=True)
 
 
 def test_unbatched_mean_cancels_the_weight() -> None:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import _torch
 from .._inputs.rows import as_index, class_dim
 from .._records import statistics_dtype
+from .._rows.objective import sum_of_weights
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -156,8 +157,10 @@ class Places:
         numbers = torch.stack([total.to(dtype), count.to(dtype)])
         for i in self.batch:
             numbers = _torch.all_reduce(numbers, self.mesh.get_group(i).group_name)
-        nobody = numbers[1] == 0 if options.get("on_empty") == "zero" else 0
-        options["normalizer"] = numbers[0] + nobody
+        total, count = numbers
+        if weight is not None and not y.is_floating_point():
+            total = sum_of_weights(total, count, options.get("label_smoothing") or 0)
+        options["normalizer"] = total + (count == 0) if options.get("on_empty") == "zero" else total
 
 
 def on_logits(function: Callable[..., Any], input: Any, target: Tensor, **options: Any) -> Any:

@@ -119,9 +119,15 @@ def divisor(
     if target.is_floating_point():
         rows = math.prod(target.shape[:-1])
         return 1 if rows == 0 and objective.on_empty == "zero" else rows
-    counts = rows_that_count(target, objective.ignore_index)
-    total = counts.sum() if row_weight is None else row_weight.sum()
-    return total if objective.on_empty == "nan" else total + ~counts.any()
+    total = count = rows_that_count(target, objective.ignore_index).sum()
+    if row_weight is not None:
+        total = sum_of_weights(row_weight.sum(), count, objective.label_smoothing)
+    return total if objective.on_empty == "nan" else total + (count == 0)
+
+
+def sum_of_weights(total: Tensor, count: Tensor, label_smoothing: float) -> Tensor:
+    """What a mean over so many rows divides by: where they weigh nothing, it is 0/0, whatever the smoothing adds."""
+    return total.masked_fill((total == 0) & (count > 0), torch.nan) if label_smoothing > 0 else total
 
 
 def evaluate(

@@ -64,6 +64,7 @@ PyObject* py_losses(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
     if (!c.formula.sums) return PyErr_NoMemory();
     if (mean) divisor = (row_weight.data ? all.weight : double(all.rows)) + (all.rows == 0 && c.formula.empty);
+    if (mean && divisor == 0 && all.rows && c.formula.eps > 0) divisor = NAN;  // `sum_of_weights` of `_rows/objective.py`
     if (!each) write_number(all.loss / divisor, value.type, value.data());
     return c.bad_target ? Py_NewRef(Py_None) : PyFloat_FromDouble(divisor);
 }
