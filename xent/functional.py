@@ -145,6 +145,7 @@ def cross_entropy(
         if target_prob is not None:
             options.check_target_prob(target_prob, target)
             target_prob = layout.rows(target_prob)
+        options.check_transform_range(logit_scale, softcap, input.dtype)
         options.check_weight(weight, input.shape[layout.axis], input, soft, sharded=group is not None)
         options.check_normalizer_device(normalizer, input)
 
@@ -270,6 +271,7 @@ def token_stats(
         options.check_flag("entropy", entropy)
         options.check_flag("prediction", prediction)
         layout, y, soft = rows.read_batch(input, target, dim, ignore_index, rows.holds_candidates(input, target))
+        options.check_transform_range(logit_scale, softcap, input.dtype)
         if soft:
             raise ValueError(
                 f"target: expected class indices, got probabilities of the shape of input, {tuple(target.shape)}"

@@ -145,6 +145,7 @@ def linear_cross_entropy(
         options.check_grad_resolution(grad_resolution, softcap, label_smoothing, generator, several)
         budget = check_max_bytes(max_bytes)
         rows = to_linear_rows(input, linear_weight, target, linear_bias, weight, shift, ignore, several, target_prob)
+        options.check_transform_range(logit_scale, softcap, rows.dtype)
         options.check_weight(weight, len(linear_weight), input, False, sharded=group is not None)
         options.check_normalizer_device(normalizer, input)
         if group is not None and linear_weight.dim() > 2:
@@ -250,6 +251,7 @@ def linear_token_stats(
         options.check_grad_resolution(grad_resolution, softcap, generator=generator, candidates=several)
         budget = check_max_bytes(max_bytes)
         rows = to_linear_rows(input, linear_weight, target, linear_bias, None, shift, ignore_index, several)
+        options.check_transform_range(logit_scale, softcap, rows.dtype)
         if linear_weight.dim() > 2:
             raise ValueError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
         head, y = rows.heads[0], rows.heads[0].target

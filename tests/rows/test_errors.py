@@ -15,6 +15,8 @@ import xent
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
+FLOAT32 = torch.finfo(torch.float32)
+HEADS = [xent.linear_cross_entropy, xent.linear_token_stats]
 INDICES = "class indices of dtype int64, int32, int16, int8, uint8"
 
 
@@ -225,6 +227,27 @@ def test_a_dim_that_only_equals_a_number() -> None:
     xent.cross_entropy(logits, target, dim=1)
     with pytest.raises(TypeError, match="dim: expected an int or None, got True"):
         xent.cross_entropy(logits, target, dim=True)
+
+
+@pytest.mark.parametrize("function", [xent.cross_entropy, xent.token_stats, *HEADS])
+@pytest.mark.parametrize(
+    ("name", "wrong", "least"),
+    [
+        ("logit_scale", 1e39, -FLOAT32.max),
+        ("logit_scale", -1e39, -FLOAT32.max),
+        ("softcap", 1e39, FLOAT32.tiny),
+        ("softcap", 1e-38, FLOAT32.tiny),
+    ],
+)
+def test_numbers_that_float32_does_not_hold(function: Any, name: str, wrong: float, least: float) -> None:
+    """Its arithmetic, that of all logits but float64, would make inf and NaN of them."""
+    x, y, head = torch.tensor([[0.0, 1e-9]]), torch.tensor([0]), [torch.eye(2)] * (function in HEADS)
+    for dtype in (torch.float32, torch.bfloat16):
+        message = f"{name}: expected a number in [{least}, {FLOAT32.max}] beside {dtype} logits, got {wrong}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            function(x.to(dtype), *[W.to(dtype) for W in head], y, **{name: wrong})
+    found = function(x.double(), *[W.double() for W in head], y, **{name: wrong})
+    assert (found if isinstance(found, torch.Tensor) else found.log_prob).isfinite().all()
 
 
 @every_argument(xent.cross_entropy, xent.token_stats, xent.CrossEntropyLoss)

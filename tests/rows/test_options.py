@@ -94,6 +94,26 @@ def test_two_readings_are_never_guessed(shape: Shape, target_shape: Shape) -> No
         assert xent.cross_entropy(x, y, dim=-1).isfinite()
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", oracle.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("softcap", torch.finfo(torch.float32).max, id="softcap, the largest"),
+        pytest.param("softcap", torch.finfo(torch.float32).tiny, id="softcap, the smallest"),
+        pytest.param("logit_scale", 1e-60, id="logit_scale that is 0 in float32"),
+    ],
+)
+def test_the_largest_and_the_smallest(name: str, value: float, dtype: torch.dtype) -> None:
+    """Of a cap that does not bound, and of logits that are all alike; beside a logit of 0, which stays 0."""
+    x, y = torch.tensor([[0.0, 2.0, -1.0]], dtype=dtype), torch.tensor([1])
+    loss, grad = loss_and_grad(xent.cross_entropy, x, y, **{name: value})
+    alike = value < 1
+    oracle.assert_loss(loss, oracle.true_loss_and_grad(x * 0 if alike else x, y)[0])
+    assert grad.isfinite().all()
+    assert not alike or grad[0, 1:].double().abs().max() < 1e-30
+
+
 # normalizer and on_empty
 
 
