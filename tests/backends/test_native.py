@@ -15,6 +15,7 @@ from oracle import EVERYTHING, Upstream, assert_stats, grad_of, stats_of, truth_
 from torch import Tensor
 
 import xent
+from xent._records import RowNumbers, RowSpec, Wanted
 from xent._rows import dispatch as _primitives
 
 native = _primitives.load("native")
@@ -229,3 +230,16 @@ def test_a_confident_target_keeps_its_gradient() -> None:
     truth, g = truth_for(x, y), Upstream(one, -one)
     d, expected = grad_of(x, y, truth, g), oracle.gradient(x, y, truth, g)
     assert (d[:, 7] / expected[:, 7] - 1).abs().max() < 1e-5  # what float64 itself has left of 1e-10
+
+
+@pytest.mark.parametrize("dtype", oracle.ALL_DTYPES, ids=str)
+def test_more_classes_than_16_bits_count(dtype: torch.dtype) -> None:
+    """The last 3 classes of an image are compared with the targets as numbers: of 17 rows, 341 classes are a step."""
+    C = 341 * 205 + 3
+    x = torch.randn(C, 17).to(dtype).T[None]
+    y = (C - 1 - torch.arange(17) % 4 - 65536 * (torch.arange(17) % 3 == 0))[None]
+    y[0, 16] = 65535
+    top, lse, picked = _primitives.row_statistics(x, y, RowSpec(), Wanted()).pack()
+    assert picked.equal(x.gather(2, y[..., None])[..., 0].double() - top)
+    grad = _primitives.row_gradient(x, y, RowNumbers(top, lse, torch.zeros_like(lse), torch.ones_like(lse)), RowSpec())
+    assert grad.equal(torch.nn.functional.one_hot(y, C).to(dtype))
