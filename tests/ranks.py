@@ -35,15 +35,20 @@ class Ranks:
     """`world` processes; `run` gives a function to the first few of them."""
 
     def __init__(self, world: int) -> None:
+        self.world = world
+        self.start()
+
+    def start(self) -> None:
+        """Start the processes, which find each other by a file."""
         context = multiprocessing.get_context(START)
         if START == "forkserver":
             context.set_forkserver_preload(["pytest", "torch.distributed.tensor"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(world):
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
-            arguments = (rank, world, str(Path(self.folder.name) / "store"), theirs)
+            arguments = (rank, self.world, str(Path(self.folder.name) / "store"), theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -56,7 +61,7 @@ class Ranks:
         count: int,
         *args: Any,
         fresh: float | None = None,
-        timeout: float | None = None,
+        timeout: float = TIMEOUT,
         may_die: bool = False,
         **options: Any,
     ) -> Any:
@@ -71,9 +76,11 @@ class Ranks:
         results: dict[int, Any] = {}
         while len(results) < count:
             waiting = [rank for rank in range(count) if rank not in results]
-            ready = wait([self.pipes[rank] for rank in waiting], timeout or TIMEOUT)
+            ready = wait([self.pipes[rank] for rank in waiting], timeout)
             if not ready:
-                raise RankError(f"ranks {waiting} did not answer within {timeout} s")
+                self.stop()
+                self.start()  # others, which answer the next test
+                raise RankError(f"ranks {waiting} did not answer within {timeout:.0f} s")
             for rank in waiting:
                 if self.pipes[rank] in ready:
                     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import RankError, Ranks
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -213,6 +213,18 @@ def test_a_rank_that_dies(mortals: Ranks) -> None:
     assert died is None
     assert "rank 1 did not take part in exchange 2" in text
     assert seconds < SECONDS
+
+
+def sleep_for_ever(group: ProcessGroup) -> None:
+    if group.rank() == 1:
+        time.sleep(3600)
+
+
+def test_a_rank_that_never_answers(mortals: Ranks) -> None:
+    """Fails its own test, in time, and none that comes after."""
+    with pytest.raises(RankError, match=r"ranks \[1\] did not answer within 2 s"):
+        mortals.run(sleep_for_ever, 2, timeout=2.0)
+    assert errors(mortals, [GOOD, GOOD]) == ("", "")
 
 
 # Calls that only some of the ranks can tell apart
