@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +117,13 @@ for _ in range(2):
         command = [sys.executable, "-c", code, native._native.__file__]
         done = subprocess.run(command, env=os.environ | tunables, capture_output=True, text=True, timeout=120)
         assert done.stdout == expected, done.stderr
+
+
+@linux
+def test_nothing_beside_the_rows_is_touched() -> None:
+    """Not even read: a matrix may end where a page does, and the next one belong to nobody."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "XENT_BACKEND": "native"}
+    command = [sys.executable, str(Path(__file__).with_name("guarded.py"))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    last = (done.stdout.splitlines() or [""])[-1]
+    assert last == "all", f"{last}: {done.stderr or done.returncode}"

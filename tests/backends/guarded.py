@@ -1,0 +1,54 @@
+"""Run by test_native_memory.py in a process of its own: rows between two pages that nobody may read or write."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import oracle
+import torch
+from oracle import EVERYTHING, grad_of, stats_of, upstream
+from torch import Tensor
+
+from xent._rows import dispatch
+
+PAGE = mmap.PAGESIZE
+SHAPES = [(N, C) for N in (16, 21, 40) for C in (1, 2, 3, 7, 10, 17, 45, 61, 190)] + [(3, 9), (3, 1100), (20, 700)]
+
+
+def guarded(x: Tensor, at_end: bool) -> Tensor:
+    """The same numbers, directly before the second page, or behind the first."""
+    size = -(-x.nbytes // PAGE) * PAGE
+    memory = mmap.mmap(-1, size + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (address, address + PAGE + size):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
+    first = PAGE + (size - x.nbytes if at_end else 0)
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=first).view(x.shape).copy_(x)
+
+
+def both(x: Tensor, target: Tensor, w: Tensor, rows: bool) -> list[Tensor]:
+    """All statistics, and the gradient in place; of images the other way round."""
+    x, target = (t if rows or t.dim() == 1 else t.t() for t in (x, target))
+    stats = stats_of(x, target, EVERYTHING, w)
+    return [*stats.pack(), grad_of(x, target, stats, upstream(len(x)), out=x)]
+
+
+def main() -> None:
+    """Prints each case before it is tried, since a fault ends the process."""
+    native = dispatch.load("native")
+    for name in native._native.instruction_sets():  # type: ignore[union-attr]
+        native._native.use(name)  # type: ignore[union-attr]
+        for (N, C), dtype in [(shape, dtype) for shape in SHAPES for dtype in oracle.ALL_DTYPES]:
+            for soft, rows, at_end in [(a, b, c) for a in (False, True) for b in (True, False) for c in (True, False)]:
+                print(f"{name}, {N} rows of {C} {dtype}, {soft=}, {rows=}, {at_end=}", flush=True)
+                x, target = oracle.rows(dtype, N=N, C=C, soft=soft)
+                given = [x, target, torch.rand(C, dtype=torch.float64 if dtype == torch.float64 else torch.float32)]
+                given = [t if rows or t.dim() == 1 else t.t().contiguous() for t in given]
+                found, expected = both(*[guarded(t, at_end) for t in given], rows), both(*given, rows)
+                torch.testing.assert_close(found, expected, equal_nan=True)
+    print("all")
+
+
+if __name__ == "__main__":
+    main()
