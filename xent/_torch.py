@@ -53,8 +53,9 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
     They shall see the products and collectives between the calls of the primitives, which a tracer cannot follow.
     """
-    keys = [_keys_of_one(tensor).raw_repr() for tensor in tensors if tensor is not None]
-    if torch.compiler.is_compiling() or any(key & _BEYOND for key in keys):
+    if torch.compiler.is_compiling():
+        return True
+    if any(_keys_of_one(tensor).raw_repr() & _BEYOND for tensor in tensors if tensor is not None):
         return True
     beyond = _keys_of_this_thread().raw_repr() & _BEYOND
     return beyond & ~_MODE != 0 or (beyond != 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)))
