@@ -225,6 +225,7 @@ def test_minus_infinity(target: int, label_smoothing: float, expected: str) -> N
     assert (grad[1, 3] == 0) == (expected == "finite")
 
 
+@pytest.mark.usefixtures("backend")
 def test_minus_infinity_beside_probabilities_that_are_all_smoothing() -> None:
     """The targets are mixed first, so that nothing is left of q to multiply inf by 0."""
     x, q = batch(soft=True)
@@ -284,6 +285,8 @@ def test_weight_beside_indices_may_not_require_grad(reduction: str) -> None:
     for function in (xent.cross_entropy, F.cross_entropy):
         with pytest.raises(RuntimeError):
             function(*batch(), weight, reduction=reduction).sum().backward()
+        with torch.no_grad():
+            assert function(*batch(), weight, reduction=reduction).isfinite().all()
 
 
 @pairwise(layout=LAYOUTS.keys(), dtype=oracle.ALL_DTYPES, reduction=REDUCTIONS, soft=[False, True])
