@@ -142,7 +142,9 @@ STRICTER = [
     ),
 ]
 
-every_option = pytest.mark.parametrize(("arguments", "error", "message"), OPTIONS)
+every_option = pytest.mark.parametrize(
+    ("arguments", "error", "message"), OPTIONS + WEIGHTS[:1] + flags("inplace_backward")
+)
 
 
 def usual(arguments: Options) -> Options:
