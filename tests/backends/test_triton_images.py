@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, Callable[[int, int], Layout], bool]] = {
     "classes first": (24, lambda B, C: Layout((B, 1, 2 * B)), True),
     "off by one": (24, lambda B, C: Layout((B * C, 1, B), 1), False),
     "samples off by one": (24, lambda B, C: Layout((B * C + 1, 1, B)), False),
+    "classes off by one": (24, lambda B, C: Layout((8 * C * (B + 1), 1, B + 1)), False),
     "an odd size": (23, lambda B, C: Layout((B * C, 1, B)), False),
     "an odd size, padded": (23, lambda B, C: Layout((24 * C, 1, 24)), False),
 }
