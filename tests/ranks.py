@@ -129,7 +129,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
         except EOFError:
             os._exit(0)  # at once: to take gloo's threads down takes seconds, or for ever
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)  # of torch by itself
+        warnings.filterwarnings("ignore", message=".*torch.jit.* is deprecated")  # see pyproject.toml
         try:
             group, own = groups[count], None
             if fresh is not None:

@@ -89,8 +89,6 @@ def test_double_backward() -> None:
     torch.testing.assert_close(*results)
 
 
-# torch's own forward mode imports a part of torch.jit, which warns of itself.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 def test_forward_mode() -> None:
     """Not a tangent of 0 in silence."""
     x, y = batch(6, 5, dtype=torch.float64)

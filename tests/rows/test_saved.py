@@ -19,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 import xent
 
-# torch's own forward mode imports a part of torch.jit, which warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
-
 
 def functions() -> set[type[Function]]:
     """Every autograd Function of the package."""

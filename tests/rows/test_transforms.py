@@ -14,8 +14,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import xent
 
-# torch's own forward mode imports a part of torch.jit, which warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 Loss = Callable[..., Tensor]
 
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.0, 1.5], dtype=torch.float64)
