@@ -43,7 +43,7 @@ try:
     import triton
 except ImportError as error:
     raise ImportError(
-        f"triton cannot be imported ({error}); `pip install triton==3.7.1` is the one that torch 2.13 needs"
+        f"triton cannot be imported ({error}); `pip install triton`: 3.7.1 is for torch 2.13, 3.8.0 for torch 2.14"
     ) from error
 
 from .backward import row_gradient_kernel
