@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from pairs import pairwise
+from products import Products
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,37 +93,6 @@ def test_only_the_gradients_that_are_asked_for(
     wanted = [t for t in tensors if t.requires_grad]
     assert_close(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted))
     assert [t is not None for t in (made[-1].dh, made[-1].dW, made[-1].db)] == list(asked)
-
-
-class Products(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts matrix products, torch's and those of the primitive `linear`, and their multiplications."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = self.work = 0
-        self.linear = _primitives.linear
-
-    def __enter__(self) -> Products:
-        _primitives.linear = self._linear
-        return super().__enter__()  # type: ignore[no-any-return]
-
-    def __exit__(self, *error: Any) -> None:
-        _primitives.linear = self.linear
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            self._add(*args[-2:])
-        return func(*args, **(kwargs or {}))
-
-    def _add(self, a: Tensor, b: Tensor) -> None:
-        self.count += 1
-        self.work += a.shape[0] * a.shape[1] * b.shape[1]
-
-    def _linear(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        self._add(hidden, weight.t())
-        with torch.utils._python_dispatch._disable_current_modes():
-            self.linear(hidden, weight, out)
 
 
 @pytest.mark.parametrize(("reduction", "products"), [("mean", 3), ("sum", 3), ("none", 4)])

@@ -9,7 +9,8 @@ import oracle
 import pytest
 import torch
 from pairs import pairwise
-from test_linear import BUDGETS, OPTIONS, REDUCTIONS, C, D, Products, assert_close, problem
+from products import Products
+from test_linear import BUDGETS, OPTIONS, REDUCTIONS, C, D, assert_close, problem
 from torch import Tensor
 from torch.nn import functional as F
 from wrong_options import case

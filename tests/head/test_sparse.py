@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from pairs import pairwise
-from test_linear import BUDGETS, OPTIONS, REDUCTIONS, C, D, Products, assert_close, every_target, grads, problem
+from products import Products
+from test_linear import BUDGETS, OPTIONS, REDUCTIONS, C, D, assert_close, every_target, grads, problem
 from torch import Tensor
 from torch.nn import functional as F
 
