@@ -102,6 +102,9 @@ def losses_gradient(
 def linear(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if not _native.linear(hidden.resolve_neg(), weight, out, torch.get_num_threads()):
         eager.linear(hidden, weight, out)
+    elif _torch.needs_operator(hidden):
+        # A mode looks on, perhaps a counter of FLOPs: it is shown a product of these shapes, without memory.
+        torch.mm(*(torch.empty(shape, device="meta") for shape in (hidden.shape, weight.shape[::-1])))
 
 
 def row_samples(
