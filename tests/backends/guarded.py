@@ -47,6 +47,11 @@ def main() -> None:
                 given = [t if rows or t.dim() == 1 else t.t().contiguous() for t in given]
                 found, expected = both(*[guarded(t, at_end) for t in given], rows), both(*given, rows)
                 torch.testing.assert_close(found, expected, equal_nan=True)
+        for n, C in ((15, 7), (16, 48), (33, 100)):
+            print(f"{name}, logits of {n} rows and {C} classes", flush=True)
+            h, W, out = (guarded(t, True) for t in (torch.randn(n, 200), torch.randn(C, 200), torch.zeros(n, C)))
+            dispatch.linear(h, W, out)
+            torch.testing.assert_close(out, h @ W.t())
     print("all")
 
 
