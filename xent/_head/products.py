@@ -13,6 +13,7 @@ The last costs as much as float32 does, which is several times less than what to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -21,23 +22,24 @@ from torch import Tensor
 from .. import _torch
 from .._rows import dispatch
 
+HALF = torch.bfloat16, torch.float16
 SLICE_BYTES = 4 << 20  # of what is made of a part of the head at a time: it stays in a core's cache
 
 
 def block_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """In which dtype the products with factors of `dtype` give a block of logits."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and not (device.type == "cpu" and _torch.cpu_multiplies(dtype)) else dtype
+    return torch.float32 if dtype in HALF and not (device.type == "cpu" and _torch.cpu_multiplies(dtype)) else dtype
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """h W^T + b, written to `out`, which is of `block_dtype`."""
-    if out.dtype != weight.dtype and _torch.writes_float32(weight):
+    if out.dtype == weight.dtype and (not out.is_cpu or out.dtype in HALF):  # a half is rounded once, with its bias
+        product = torch.mm if bias is None else functools.partial(torch.addmm, bias)
+        return product(h, weight.t(), out=out)
+    if _torch.writes_float32(weight):
         torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
-    elif out.is_cpu or out.dtype != weight.dtype:
-        dispatch.linear(h, weight, out)
     else:
-        torch.mm(h, weight.t(), out=out)
+        dispatch.linear(h, weight, out)
     return out if bias is None else out.add_(bias)
 
 
