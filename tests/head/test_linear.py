@@ -112,8 +112,8 @@ def test_products(reduction: str, products: int, monkeypatch: pytest.MonkeyPatch
     ("count", "most", "sizes"),
     [
         pytest.param(66, 30, [22, 22, 22], id="30, 30 and 6 would fit, too"),
-        pytest.param(200, 70, [48, 48, 48, 56], id="whole tiles, where the product fills them up"),
-        pytest.param(128, 79, [64, 64], id="no more rows than fit"),
+        pytest.param(200, 100, [64, 64, 72], id="whole tiles, where the product fills them up"),
+        pytest.param(128, 95, [64, 64], id="no more rows than fit"),
         pytest.param(66, 0, [1] * 66, id="one by one"),
     ],
 )

@@ -6,7 +6,7 @@
 // stay in registers. Their order is the same for every size of block.
 
 #ifdef VECTOR  // bytes; without it there are no such kernels
-constexpr int AT_ONCE = 6;   // classes: with two vectors of rows they take 12 of 16 registers
+constexpr int AT_ONCE = VECTOR == 64 ? 12 : 6;  // classes: with two vectors of rows they take 24 of 32 registers, or 12 of 16
 constexpr int SUMMED = 192;  // products that are added up before their sum is added to that of others
 
 template <class F>
@@ -27,14 +27,16 @@ LOOP void pack_panel(const Call& call, int64_t task) {
     }
 }
 
-// sums (class, row) += (or =, at first) the products of `count` numbers of AT_ONCE classes and of a panel.
-template <class F>
-INLINE void add_products(const F* const* head, const F* panel, int count, bool first, F* sums) {
+// sums (class, row) += (or =, at first) the products of `count` numbers of AT_ONCE classes and of a panel. Meanwhile as
+// many bytes of T are fetched from `next` on.
+template <class F, class T>
+INLINE void add_products(const F* const* head, const F* panel, int count, bool first, const T* next, F* sums) {
     using V = Register<F>;
     constexpr int LANE = PANEL<F> / 2;
     V found[AT_ONCE][2] = {};
     for (int d = 0; d < count; ++d) {
         const V a = *reinterpret_cast<const V*>(panel + d * PANEL<F>), b = *reinterpret_cast<const V*>(panel + d * PANEL<F> + LANE);
+        PREFETCH(next + d * AT_ONCE, 2);
         for (int i = 0; i < AT_ONCE; ++i) found[i][0] += head[i][d] * a, found[i][1] += head[i][d] * b;
     }
     for (int i = 0; i < AT_ONCE; ++i)
@@ -53,6 +55,9 @@ LOOP void linear(const Call& call, int64_t task) {
     const F* panels = static_cast<const F*>(c.panels);
     alignas(64) F sums[HEAD_CLASSES * PANEL<F>], converted[AT_ONCE][SUMMED];
     for (int64_t row = 0; row < c.n; row += PANEL<F>) {
+        // While this thread works at its last panel, its next classes are fetched.
+        const bool fetches = row + PANEL<F> >= c.n && range.row_end + c.threads * HEAD_CLASSES <= c.N;
+        const int64_t ahead = fetches ? c.threads * HEAD_CLASSES * c.stride : 0;
         int64_t d = 0;
         do {  // without any products the sums are 0
             const int count = c.D - d < SUMMED ? int(c.D - d) : SUMMED;
@@ -65,7 +70,8 @@ LOOP void linear(const Call& call, int64_t task) {
                     else
                         convert(own, count, F(1), converted[i]), some[i] = converted[i];
                 }
-                add_products(some, panels + row * c.D + d * PANEL<F>, count, d == 0, sums + (at - range.row) * PANEL<F>);
+                const T* next = head + at * c.stride + d * AT_ONCE + ahead;
+                add_products(some, panels + row * c.D + d * PANEL<F>, count, d == 0, next, sums + (at - range.row) * PANEL<F>);
             }
         } while ((d += SUMMED) < c.D);
         const int rows = c.n - row < PANEL<F> ? int(c.n - row) : PANEL<F>;
