@@ -1,7 +1,8 @@
 """The map of bench.py: N rows by C classes, and images, each cell F.cross_entropy's time over xent's.
 
-A cell is written NxC, or NxCxHxW for an image, then perhaps a variant: 8x21x256x256:channels_last. The time is that of
-forward + backward, the gradient fresh. A ratio above 1 says how many times as fast xent is; below 1 it is slower.
+A cell is written NxC, or NxCxHxW for an image, then perhaps a variant: 8x21x256x256:channels_last; or BxTxV for
+sequences whose last position has no target, logits[:, :-1]. The time is that of forward + backward, the gradient fresh.
+A ratio above 1 says how many times as fast xent is; below 1 it is slower.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from cases import Case
 from common import Row, empty_table, figure_style, number
-from contenders import IGNORE, Contender, Loss
+from contenders import IGNORE, Contender, Loss, flat
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,16 +29,16 @@ ROWS = [10**k for k in range(7)]
 CLASSES = [2, 10, 32, 100, 1000, 8192, 50257, 262144]
 LARGEST = 2**25  # logits of a cell: their check in float64 takes some ten times their memory
 TIMED = 2**26  # logits in all rounds of a cell, but for three: large cells vary less, and the whole map takes minutes
-VARIANTS = ("", "channels_last", "weight", "smoothing")
+VARIANTS = ("", "channels_last", "weight", "smoothing", "probabilities", "none", "inplace")
 IMAGES = [
-    *(f"8x21x256x256{':' * bool(variant)}{variant}" for variant in VARIANTS),
+    *(f"8x21x256x256{':' * bool(variant)}{variant}" for variant in VARIANTS[:4]),
     *("4x150x128x128", "2x19x512x1024", "16x2x256x256"),
 ]
 
 
 @dataclass(frozen=True)
 class Cell(Case):
-    """Logits (N, C) or (N, C, H, W), and a variant. "weight" also ignores a fifth of the targets."""
+    """Logits (N, C), (B, T, V) or (N, C, H, W), and a variant. "weight" also ignores a fifth of the targets."""
 
     variant: str = ""
 
@@ -49,9 +50,11 @@ class Cell(Case):
         size, _, variant = text.partition(":")
         shape = tuple(int(n) for n in size.split("x"))
         image = len(shape) == 4
-        if len(shape) not in (2, 4) or min(shape) < 1 or shape[1] < 2:
+        if len(shape) not in (2, 3, 4) or min(shape) < 1 or shape[1] < 2:
             raise ValueError(text)
         if variant not in VARIANTS or (variant == "channels_last" and not image) or text.endswith(":"):
+            raise ValueError(text)
+        if len(shape) == 3 and variant not in ("", "inplace"):
             raise ValueError(text)
         return cls(shape, 0.2 if variant == "weight" else 0.0, variant)
 
@@ -61,16 +64,23 @@ class Cell(Case):
 
     def contenders(self) -> dict[str, Contender]:
         """As a user calls them: xent chooses the backend."""
-        losses = {"F.cross_entropy": self.truth(), "xent": partial(xent.cross_entropy, dim=1, **self.options())}
+        ours = partial(xent.cross_entropy, dim=self.dim, inplace_backward=self.variant == "inplace", **self.options())
+        losses = {"F.cross_entropy": self.truth(), "xent": cut(ours) if self.dim == 2 else ours}
         return {name: Contender(lambda loss=loss: loss) for name, loss in losses.items()}  # type: ignore[misc]
 
     def truth(self) -> Loss:
         """What is right, given float64."""
-        return partial(F.cross_entropy, **self.options())
+        return cut(flat(F.cross_entropy)) if self.dim == 2 else partial(F.cross_entropy, **self.options())
+
+    @property
+    def dim(self) -> int:
+        """Of the classes."""
+        return 2 if len(self.shape) == 3 else 1
 
     def options(self) -> dict[str, Any]:
         """Both losses'. The weight is an input."""
-        return {"label_smoothing": 0.1} if self.variant == "smoothing" else {}
+        known: dict[str, dict[str, Any]] = {"smoothing": {"label_smoothing": 0.1}, "none": {"reduction": "none"}}
+        return known.get(self.variant, {})
 
     def inputs(self, dtype: str, device: str) -> list[Tensor]:
         """Standard normal logits, a leaf; uniform targets, of which the first one always counts; perhaps a weight."""
@@ -79,7 +89,10 @@ class Cell(Case):
         logits = torch.empty(self.shape, dtype=kind, device=device).normal_()
         if self.variant == "channels_last":
             logits = logits.contiguous(memory_format=torch.channels_last)
-        target = torch.randint(self.shape[1], (self.shape[0], *self.shape[2:]), device=device)
+        if self.variant == "probabilities":
+            return [logits.requires_grad_(), torch.empty_like(logits).normal_().softmax(1)]
+        shape = [size for dim, size in enumerate(self.shape) if dim != self.dim]
+        target = torch.randint(self.shape[self.dim], shape, device=device)
         others = target.view(-1)[1:]
         others[torch.rand(others.shape, device=device) < self.ignored] = IGNORE
         weight = [(torch.rand(self.shape[1], device=device) + 0.5).to(kind)] * (self.variant == "weight")
@@ -92,8 +105,10 @@ class Cell(Case):
         nearly equal numbers, and no float32 has their digits.
         """
         loss, grad = (t.detach().double() for t in found)
-        at = inputs[1].clamp(min=0).unsqueeze(1)
-        return [t.reshape(1, -1) for t in (loss, grad.gather(1, at), grad.scatter(1, at, 0))]
+        if inputs[1].is_floating_point():
+            return [loss.reshape(1, -1), grad.reshape(1, -1)]
+        at = inputs[1].clamp(min=0).unsqueeze(self.dim)
+        return [t.reshape(1, -1) for t in (loss, grad.gather(self.dim, at), grad.scatter(self.dim, at, 0))]
 
     def rounds(self, asked: int) -> int:
         """Fewer of a large cell."""
@@ -105,6 +120,11 @@ class Cell(Case):
     def peak(self, *_: object) -> list[float]:
         """Nothing to tell."""
         return []
+
+
+def cut(loss: Loss) -> Loss:
+    """Of sequences without their last position."""
+    return lambda logits, target: loss(logits[:, :-1], target[:, :-1])
 
 
 CELLS = [Cell((N, C)) for N in ROWS for C in CLASSES if N * C <= LARGEST] + list(map(Cell.parse, IMAGES))
@@ -132,8 +152,8 @@ def chart(path: Path, rows: Sequence[Row]) -> None:
     plt = figure_style()
     found = ratios(rows)
     cells = {text: Cell.parse(text) for text in found}
-    plane = {cell.shape: found[text] for text, cell in cells.items() if len(cell.shape) == 2}
-    images = {text: found[text] for text, cell in cells.items() if len(cell.shape) == 4}
+    plane = {cell.shape: found[text] for text, cell in cells.items() if "x".join(map(str, cell.shape[:2])) == text}
+    images = {text: found[text] for text, cell in cells.items() if cell.shape not in plane or cell.variant}
     heights = [max(len({N for N, _ in plane}), 1), max(len(images), 1)]
     size = (8, 0.42 * sum(heights) + 1.8)
     figure, (top, low) = plt.subplots(2, 1, figsize=size, layout="constrained", height_ratios=heights)

@@ -19,7 +19,8 @@ import grid  # noqa: E402
 from common import Row  # noqa: E402
 from contenders import Contender  # noqa: E402
 
-TINY = ["1x2", "30x5", "2x3x5x4", "2x3x5x4:channels_last", "2x3x5x4:weight", "30x5:smoothing"]
+TINY = ["1x2", "30x5", "2x3x5x4", "2x3x5x4:channels_last", "2x3x5x4:weight", "30x5:smoothing", "30x5:probabilities",
+        "30x5:none", "2x3x5x4:inplace", "2x6x5"]  # fmt: skip
 
 
 def pair(case: str, ratio: float) -> list[Row]:
@@ -113,7 +114,7 @@ def test_the_whole_map_can_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["8", "0x3", "3x1", "2x3x4", "2x3x0x4", "3x4:", "3x4:channels_last", "3x4:other", "axb"]
+    "bad", ["8", "0x3", "3x1", "2x3x4:none", "2x3x0x4", "3x4:", "3x4:channels_last", "3x4:other", "axb"]
 )
 def test_bad_cells(bad: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
