@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from test_linear import C, D, assert_close, problem
 from torch import Tensor, func
-from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -51,18 +49,6 @@ def test_compile(reduction: str, dynamic: bool | None) -> None:
         if N == 9 and dynamic is not False:
             torch._dynamo.config.error_on_recompile = True
     torch._dynamo.config.error_on_recompile = False
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
-@every_reduction
-def test_compiled_backward(reduction: str) -> None:
-    """A compiler that traces the backward of a call that was not compiled finds an operator in it."""
-    h, W, y = torch.randn(6, D, requires_grad=True), torch.randn(C, D, requires_grad=True), torch.randint(C, (6,))
-    expected = grads(by_rows(reduction)(h, W, y), h, W)
-    loss = by_rows(reduction)(h, W, y)
-    with compiled_autograd._enable(functools.partial(torch.compile, fullgraph=True, backend="aot_eager")):
-        loss.backward()
-    torch.testing.assert_close((h.grad, W.grad), expected)
 
 
 def test_compile_token_stats() -> None:

@@ -6,11 +6,13 @@ A new tracer, mode or function is one line in its table.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, func, nn
+from torch._dynamo import compiled_autograd
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,7 @@ import xent
 pytestmark = [
     pytest.mark.usefixtures("unchecked", "alone"),  # a tracer cannot read the checks
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own, met while it traces
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch looks at it itself
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # the batching of F.cross_entropy
 ]
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -63,6 +66,18 @@ def by_vmap(loss: Loss) -> Run:
     return run
 
 
+def by_compiled_autograd(loss: Loss, batch: tuple[Tensor, ...]) -> Run:
+    """The loss as it is, and a compiler that traces its backward, once for both batches."""
+
+    def run(*batch: Tensor) -> tuple[Tensor, ...]:
+        with compiled_autograd._enable(partial(torch.compile, fullgraph=True, backend="aot_eager")):
+            return by_autograd(loss)(*batch)
+
+    torch._dynamo.reset()
+    run(*batch)
+    return run
+
+
 Tracer = Callable[[Loss, tuple[Tensor, ...]], Run]
 
 
@@ -93,6 +108,7 @@ TRACERS: dict[str, Tracer] = {
     "make_fx of autograd, fake": traced(by_autograd, "fake"),
     "make_fx of autograd, symbolic": traced(by_autograd, "symbolic"),
     "torch.export": exported,
+    "compiled autograd": by_compiled_autograd,
     "is_grads_batched": lambda loss, _: by_batch(loss),
     "torch.func.vjp": lambda loss, _: by_func(loss),
     "torch.func.vmap": lambda loss, _: by_vmap(loss),

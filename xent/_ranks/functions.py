@@ -51,7 +51,8 @@ class RankStats(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, ctx.group, ctx.options = inputs
+        input, target, weight, group, ctx.options = inputs
+        ctx.rank = _torch.process_group(group).rank()  # which a compiler could not look up in backward
         gathered = Gathered.unpack(output, target, weight is not None, ctx.options.wanted)
         ctx.mark_non_differentiable(*gathered.constants)
         ctx.set_materialize_grads(False)
@@ -63,8 +64,8 @@ class RankStats(torch.autograd.Function):
             return (None,) * 5
         input, target, *found = ctx.saved_tensors
         layout, spec, wanted, _ = ctx.options
-        (gathered, _), rank = Gathered.split(found), _torch.process_group(ctx.group).rank()
-        y, own, flowing = gathered.of_rank(rank, grads, target, spec.ignore_index, input.shape[layout.axis], wanted)
+        gathered, _ = Gathered.split(found)
+        y, own, flowing = gathered.of_rank(ctx.rank, grads, target, spec.ignore_index, input.shape[layout.axis], wanted)
         saved = (input, y, gathered.part, own.top, own.lse, own.entropy)
         local = ctx.options._replace(spec=spec._replace(ignore_index=-1))
         result = functions.stats_backward(saved, flowing, local, ctx.needs_input_grad)

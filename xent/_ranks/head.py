@@ -49,6 +49,7 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rows, (ctx.group, ctx.options) = HeadRows.split(inputs)
+        ctx.rank = _torch.process_group(ctx.group).rank()  # which a compiler could not look up in backward
         gathered = Gathered.unpack(output, rows.target[None], rows.class_weight is not None, ctx.options.wanted)
         entries = NO_ENTRIES[1:] if rows.seed is None else output[-3:]
         ctx.mark_non_differentiable(*gathered.constants, *[entry for entry in entries if entry is not None])
@@ -62,15 +63,15 @@ class RankHeadStats(NoTransforms, torch.autograd.Function):
             return (None,) * 9
         rows, found = HeadRows.split(ctx.saved_tensors)
         gathered, entries = Gathered.split(found)
-        group, options = _torch.process_group(ctx.group), ctx.options
+        options = ctx.options
         ignore_index, needs, C = options.spec.ignore_index, ctx.needs_input_grad[: len(rows.sources)], len(rows.weight)
-        (y,), own, g = gathered.of_rank(group.rank(), flow, rows.target[None], ignore_index, C, options.wanted)
+        (y,), own, g = gathered.of_rank(ctx.rank, flow, rows.target[None], ignore_index, C, options.wanted)
         part = rows._replace(target=y, class_weight=gathered.part)
         local = options._replace(spec=options.spec._replace(ignore_index=-1, classes=C + 1))
         with torch.no_grad():
             numbers = numbers_of_stats(g, own.top, own.lse, own.entropy, y[None])
             grads = stats_backward(part, Entries(own.picked, *entries), numbers, g.mass, local, needs)
-            if needs[0] and grads[0] is not None and group.size() > 1:
+            if needs[0] and grads[0] is not None and len(gathered.ranks) > 1:
                 total = _torch.all_reduce(grads[0].to(compute_dtype(grads[0])), ctx.group)
                 grads[0] = total.to(rows.hidden.dtype)
         return *[once_differentiable(grad, rows.sources, GONE) for grad in grads], *[None] * 4

@@ -134,11 +134,6 @@ def stats_backward(
             if g.wsum is not None:
                 d_weight = d_weight + over_rows(coefficient_gradient(logits, top, g.wsum, None, spec))
     if needs[0] and inplace:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "inplace_backward=True: the gradient replaces the logits, so it cannot be differentiated again; "
-                "use inplace_backward=False with create_graph=True and torch.func"
-            )
         d_input = operators.row_gradient(input, target, numbers, class_weight, layout, spec, inplace)
     elif needs[0]:
         arguments = (input, target, *numbers, class_weight, layout, spec)

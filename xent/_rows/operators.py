@@ -54,6 +54,11 @@ def row_gradient(
     inplace: bool = False,
 ) -> Tensor:
     """`dispatch.row_gradient` in the shape of the logits: fresh, or in their memory."""
+    if inplace and torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace_backward=True: the gradient replaces the logits, so it cannot be differentiated again; "
+            "use inplace_backward=False with create_graph=True and torch.func"
+        )
     out = input.detach() if inplace else None
     if not _torch.needs_operator(input, target, *numbers, class_weight):
         return _gradient(input, target, numbers, class_weight, layout, spec, out=out)
