@@ -242,10 +242,9 @@ def rows(dtype: torch.dtype, *, N: int = 13, C: int = 37, soft: bool = False, se
     return x.to(dtype), y
 
 
-def truth_for(x: Tensor, target: Tensor, weight: Tensor | None = None, **reading: Any) -> Truth:
+def truth_for(x: Tensor, target: Tensor, weight: Tensor | None = None, start: int = 0, **reading: Any) -> Truth:
     """`statistics` of these rows."""
-    z = scores(x, reading.get("scale", 1.0), reading.get("softcap"))
-    return statistics(z, target, weight, reading.get("start", 0))
+    return statistics(scores(x, **reading), target, weight, start)
 
 
 def upstream(N: int, wsum: bool = True, entropy: bool = True) -> Upstream:
@@ -259,18 +258,10 @@ def each(function: Callable[[Tensor], Tensor], record: Any) -> Any:
     return type(record)(*[None if tensor is None else function(tensor) for tensor in record])
 
 
-def numbers_of(stats: Any, g: Upstream) -> RowNumbers:
-    """What `row_gradient` takes."""
-    return RowNumbers(stats.top, stats.lse, *g)
-
-
-# All tests call the primitives through the next two, on rows (N, C).
-
-
 def stats_of(
     x: Tensor, target: Tensor, wanted: Wanted = NOTHING, class_weight: Tensor | None = None, **spec: Any
 ) -> Stats:
-    """`row_statistics`, with the fields of a `RowSpec` as options."""
+    """`row_statistics` of rows (N, C), as all tests call it: with the fields of a `RowSpec` as options."""
     stats = _primitives.row_statistics(x[None], target[None], RowSpec(**spec), wanted, class_weight)
     return each(lambda stat: stat[0], stats)  # type: ignore[no-any-return]
 
@@ -284,8 +275,8 @@ def grad_of(
     out: Tensor | None = None,
     **spec: Any,
 ) -> Tensor:
-    """`row_gradient`, for `Stats` or a `Truth`."""
-    numbers = each(lambda n: n[None], numbers_of(stats, g))
+    """`row_gradient` in the same way, for `Stats` or a `Truth`."""
+    numbers = each(lambda n: n[None], RowNumbers(stats.top, stats.lse, *g))
     whole = None if out is None else out[None]
     return _primitives.row_gradient(x[None], target[None], numbers, RowSpec(**spec), class_weight, whole)[0]
 

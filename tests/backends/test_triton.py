@@ -26,7 +26,7 @@ if os.environ.get("XENT_BACKEND") != "triton":  # where it is asked for and miss
 from xent._backends import eager
 from xent._backends import triton as backend
 from xent._backends.triton import plan
-from xent._records import RowSpec, Samples, Stats, Wanted
+from xent._records import RowNumbers, RowSpec, Samples, Stats, Wanted
 
 interpreted = pytest.mark.skipif(
     not (backend.INTERPRETED and os.environ.get("XENT_BACKEND") == "triton"),
@@ -43,7 +43,7 @@ def stats_of(x: Tensor, target: Tensor, wanted: Wanted = NOTHING, **spec: Any) -
 
 def grad_of(x: Tensor, target: Tensor, stats: Stats, g: Upstream, out: Tensor | None = None) -> Tensor:
     """The gradient of rows (N, C)."""
-    numbers = each(lambda number: number[None], oracle.numbers_of(stats, g))
+    numbers = each(lambda number: number[None], RowNumbers(stats.top, stats.lse, *g))
     out = None if out is None else out[None]
     return backend.row_gradient(x[None], target[None], numbers, RowSpec(), None, out)[0]
 
@@ -141,7 +141,7 @@ def test_parts_of_every_case(
     found, truth = (module.row_statistics(x, target, spec, EVERYTHING, weight) for module in (backend, eager))
     rough = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(found.pack(), truth.pack(), equal_nan=True, **rough)
-    numbers = oracle.numbers_of(truth, each(lambda number: number[None], upstream(3)))
+    numbers = RowNumbers(truth.top, truth.lse, *each(lambda number: number[None], upstream(3)))
     grad, expected = (m.row_gradient(x, target, numbers, spec, weight, None).double() for m in (backend, eager))
     tolerance = oracle.TOLERANCE[dtype]
     torch.testing.assert_close(grad, expected, equal_nan=True, rtol=8 * tolerance, atol=tolerance)
