@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import xent
 
 Shape = tuple[int, ...]
+FLOAT32 = torch.finfo(torch.float32)
 
 
 def batch(shape: Shape, target: Shape, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -97,18 +98,19 @@ def test_two_readings_are_never_guessed(shape: Shape, target_shape: Shape) -> No
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", oracle.ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "options",
     [
-        pytest.param("softcap", torch.finfo(torch.float32).max, id="softcap, the largest"),
-        pytest.param("softcap", torch.finfo(torch.float32).tiny, id="softcap, the smallest"),
-        pytest.param("logit_scale", 1e-60, id="logit_scale that is 0 in float32"),
+        pytest.param({"softcap": FLOAT32.max}, id="softcap, the largest"),
+        pytest.param({"softcap": FLOAT32.tiny}, id="softcap, the smallest"),
+        pytest.param({"logit_scale": 1e-60}, id="logit_scale that is 0 in float32"),
+        pytest.param({"logit_scale": 1e4, "softcap": FLOAT32.tiny}, id="logit_scale / softcap is inf in float32"),
     ],
 )
-def test_the_largest_and_the_smallest(name: str, value: float, dtype: torch.dtype) -> None:
+def test_the_largest_and_the_smallest(options: Options, dtype: torch.dtype) -> None:
     """Of a cap that does not bound, and of logits that are all alike; beside a logit of 0, which stays 0."""
     x, y = torch.tensor([[0.0, 2.0, -1.0]], dtype=dtype), torch.tensor([1])
-    loss, grad = loss_and_grad(xent.cross_entropy, x, y, **{name: value})
-    alike = value < 1
+    loss, grad = loss_and_grad(xent.cross_entropy, x, y, **options)
+    alike = min(options.values()) < 1
     oracle.assert_loss(loss, oracle.true_loss_and_grad(x * 0 if alike else x, y)[0])
     assert grad.isfinite().all()
     assert not alike or grad[0, 1:].double().abs().max() < 1e-30

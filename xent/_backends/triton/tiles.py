@@ -178,9 +178,9 @@ def scores(x, score_options, config: tl.constexpr):
     z = x.to(config.real)
     scale, softcap = tl.full((), score_options[0], config.real), tl.full((), score_options[1], config.real)
     slope = scale
-    if config.capped:
-        ratio = tanh(z * (scale / softcap), config)
-        z, slope = ratio * softcap, scale * (1 - ratio * ratio)
-    elif config.scaled:
+    if config.scaled:
         z *= scale
+    if config.capped:
+        ratio = tanh(z * (1 / softcap), config)  # scale / softcap may be infinite
+        z, slope = ratio * softcap, scale * (1 - ratio * ratio)
     return z, slope
