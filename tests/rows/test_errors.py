@@ -252,6 +252,11 @@ def test_numbers_that_float32_does_not_hold(function: Any, name: str, wrong: flo
     assert (found if isinstance(found, torch.Tensor) else found.log_prob).isfinite().all()
 
 
+def test_a_number_that_float64_does_not_hold() -> None:
+    with pytest.raises(ValueError, match=r"softcap: expected .* beside torch.float64 logits, got 1e-310"):
+        xent.cross_entropy(torch.zeros(1, 2).double(), torch.tensor([0]), softcap=1e-310)
+
+
 @every_argument(xent.cross_entropy, xent.token_stats, xent.CrossEntropyLoss)
 def test_every_argument_is_named(function: Any, name: str, wrong: object) -> None:
     """Also those of tomorrow: in the message are the argument, what was expected and what came."""

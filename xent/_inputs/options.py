@@ -109,10 +109,10 @@ def check_transform(logit_scale: float, softcap: float | None) -> None:
 
 
 def check_transform_range(logit_scale: float, softcap: float | None, logits: torch.dtype) -> None:
-    """Arithmetic in float32, which is that of all logits but float64, holds both, and 1 / softcap."""
-    if logits == torch.float64 or (softcap is None and logit_scale == 1):
+    """The dtype of the arithmetic, float32 of all logits but float64, holds both, and 1 / softcap."""
+    if softcap is None and logit_scale == 1:
         return
-    of = torch.finfo(torch.float32)
+    of = torch.finfo(torch.float64 if logits == torch.float64 else torch.float32)
     for name, value, least in (("logit_scale", logit_scale, of.min), ("softcap", softcap, of.tiny)):
         if value is not None and not least <= value <= of.max:
             raise ValueError(f"{name}: expected a number in [{least}, {of.max}] beside {logits} logits, got {value}")
