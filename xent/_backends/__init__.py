@@ -49,10 +49,17 @@ def slope(z: Tensor, scale: float, softcap: float | None) -> Tensor | float:
     return scale if softcap is None else scale * (1 - (z / softcap) ** 2)
 
 
-def rows_of_block(logits: Tensor, cache_bytes: int) -> int:
+def rows_of_block(logits: Tensor, cache_bytes: int, dtype: torch.dtype | None = None) -> int:
     """How many rows to take at a time: on the CPU those whose terms take so many bytes; elsewhere, enough to do."""
     budget = cache_bytes if logits.device.type == "cpu" else DEVICE_BYTES
-    return max(1, budget // max(1, logits.shape[-1] * compute_dtype(logits).itemsize))
+    return max(1, budget // max(1, logits.shape[-1] * (dtype or compute_dtype(logits)).itemsize))
+
+
+def slices(head: Tensor, cache_bytes: int, dtype: torch.dtype) -> Iterator[slice]:
+    """The classes of a head (C, D) in parts of so many bytes in `dtype`."""
+    width = rows_of_block(head, cache_bytes, dtype)
+    for begin in range(0, len(head), width):
+        yield slice(begin, begin + width)
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:

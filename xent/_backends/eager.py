@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._records import RowNumbers, RowSpec, Samples, Stats, Wanted, compute_dtype, statistics_dtype
-from . import advise_huge_pages, blocks, check_range, rows_of_block, scores, slope
+from . import advise_huge_pages, blocks, check_range, rows_of_block, scores, slices, slope
 
 CACHE_BYTES = 4 << 20  # of scores per block: in a third-level cache, and so many that operations outlast their calls
 
@@ -111,9 +111,9 @@ def row_gradient(
 
 def linear(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """By parts of the head that stay in the cache: one product would pack all of it anew for each block of rows."""
-    hidden, width = hidden.to(out.dtype), rows_of_block(weight, CACHE_BYTES)
-    for at in range(0, len(weight), width):
-        torch.mm(hidden, weight[at : at + width].to(out.dtype).t(), out=out[:, at : at + width])
+    hidden = hidden.to(out.dtype)
+    for part in slices(weight, CACHE_BYTES, out.dtype):
+        torch.mm(hidden, weight[part].to(out.dtype).t(), out=out[:, part])
 
 
 def row_samples(

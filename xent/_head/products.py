@@ -14,12 +14,12 @@ The last costs as much as float32 does, which is several times less than what to
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .. import _torch
+from .._backends import slices
 from .._rows import dispatch
 
 HALF = torch.bfloat16, torch.float16
@@ -50,7 +50,7 @@ def hidden_gradient(G: Tensor, weight: Tensor) -> Tensor:
     if _torch.writes_float32(weight):
         return G.to(weight.dtype) @ weight
     total = G.new_zeros(len(G), weight.shape[1])
-    for part in _slices(weight, G.dtype):
+    for part in slices(weight, SLICE_BYTES, G.dtype):
         total.addmm_(G[:, part], weight[part].to(G.dtype))
     return total.to(weight.dtype)
 
@@ -64,16 +64,9 @@ def add_outer(total: Tensor, G: Tensor, h: Tensor, block: int) -> None:
         torch.addmm(total, G.to(h.dtype).t(), h, beta=beta, out_dtype=total.dtype, out=total)
     else:
         h = h.to(G.dtype).t().contiguous().t()  # as oneDNN would lay it out for each slice
-        for part in _slices(total, G.dtype):
+        for part in slices(total, SLICE_BYTES, G.dtype):
             G_t = G[:, part].t()
             product = G_t @ h
             total[part].copy_(product) if beta == 0 else total[part].add_(product)
             if block % 2:  # what rounding has cut off: else the blocks' roundings add up to more than the last one
                 total[part].add_(torch.addmm(product, G_t, h, beta=-1))
-
-
-def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """The classes of a head (C, D) in parts of SLICE_BYTES in `dtype`."""
-    width = max(1, SLICE_BYTES // (max(head.shape[1], 1) * dtype.itemsize))
-    for begin in range(0, len(head), width):
-        yield slice(begin, begin + width)
