@@ -1,7 +1,7 @@
 """The primitives of `_rows/dispatch.py`, and those of `_rows/formula.py`, in compiled C++ for CPU tensors: native.cpp.
 
 The compiled part checks what it is given, and writes into memory that is made here. It says NotImplemented where more
-than two strides lead to the rows of a tensor.
+than two strides lead to the rows of a tensor, and where a product is torch's affair.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def losses_gradient(
 
 
 def linear(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    if not _native.linear(hidden.resolve_neg(), weight, out, torch.get_num_threads()):
+    if _native.linear(hidden.resolve_neg(), weight, out, torch.get_num_threads()) is NotImplemented:
         eager.linear(hidden, weight, out)
     elif _torch.needs_operator(hidden):
         # A mode looks on, perhaps a counter of FLOPs: it is shown a product of these shapes, without memory.

@@ -8,7 +8,7 @@ const HeadKernels& head_kernels() {
     return baseline::HEAD;
 }
 
-// (hidden, head, out, threads): False where others do it.
+// (hidden, head, out, threads): NotImplemented where others do it.
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wrong_count(count, 4)) return nullptr;
     Arguments a{args};
@@ -22,7 +22,7 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     expect(out, {c.n, c.N});
     if (PyErr_Occurred()) return nullptr;
     const HeadKernels& of = head_kernels();
-    if (!of.panel_bytes || !head.soft() || hidden.type != head.type || out.type != type || head.dl.strides[1] != 1) Py_RETURN_FALSE;
+    if (!of.panel_bytes || !head.soft() || hidden.type != head.type || out.type != type || head.dl.strides[1] != 1) return Py_NewRef(Py_NotImplemented);
     const auto matrix = [](const Tensor& x) { return Matrix{x.data(), x.dl.shape[0], 0, x.dl.strides[0], x.dl.strides[1]}; };
     const int64_t panel = of.panel_bytes / (type == FLOAT64 ? 8 : 4), panels = (c.n + panel - 1) / panel;
     void* memory = std::malloc(size_t((panels * c.D + 1) * of.panel_bytes));
@@ -37,7 +37,7 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     run(of.linear[head.type - FLOAT32], c, unsigned(threads));
     PyEval_RestoreThread(state);
     std::free(memory);
-    Py_RETURN_TRUE;
+    Py_RETURN_NONE;
 }
 
 // (..., top, lse, uniform, resolution, slots, and memory: classes, p, counts)
