@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import mmap
+from collections.abc import Callable
 
 import oracle
 import torch
 from oracle import EVERYTHING, grad_of, stats_of, upstream
 from torch import Tensor
 
-from xent._records import compute_dtype
+from xent._records import RowSpec, compute_dtype
 from xent._rows import dispatch
 
 PAGE = mmap.PAGESIZE
@@ -36,6 +38,16 @@ def both(x: Tensor, target: Tensor, w: Tensor, rows: bool) -> list[Tensor]:
     return [*stats.pack(), grad_of(x, target, stats, upstream(len(x)), out=x)]
 
 
+def sparse(x: Tensor, y: Tensor, h: Tensor, hold: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The entries of the rows; the same as those of the classes; and the products of these with h."""
+    native, C, stats = dispatch.load("native"), x.shape[1], stats_of(x, y)
+    numbers = stats.top[None], stats.lse[None], torch.linspace(0, 0.9, len(x)).double()
+    counts, classes, p = dispatch.row_samples(hold(x)[None], y[None], *numbers, RowSpec(classes=C), 1 / 16)
+    moved = [hold(t) for t in (torch.zeros(C, dtype=torch.int64), classes, p)]
+    native._native.transpose(*[hold(t) for t in (counts.cumsum(0), classes, p)], *moved)  # type: ignore[union-attr]
+    return [counts, classes, p, *moved, dispatch.gather_sums(*moved, hold(h), h.dtype)]
+
+
 def the_same(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, NaN included: `assert_close` would take longer than all the rest."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
@@ -44,6 +56,7 @@ def the_same(a: Tensor, b: Tensor) -> bool:
 
 def main() -> None:
     """Prints each case before it is tried, since a fault ends the process."""
+    torch.set_num_threads(1)  # others would wait longer for their turn than they work
     native = dispatch.load("native")
     for name in native._native.instruction_sets():  # type: ignore[union-attr]
         native._native.use(name)  # type: ignore[union-attr]
@@ -56,11 +69,18 @@ def main() -> None:
                 for at_end in (True, False):
                     print(f"{name}, {N} rows of {C} {dtype}, {soft=}, {rows=}, {at_end=}", flush=True)
                     assert all(map(the_same, both(*[guarded(t, at_end) for t in given], rows), expected))
-        for n, C in ((15, 7), (16, 48), (33, 100)):
-            print(f"{name}, logits of {n} rows and {C} classes", flush=True)
-            h, W, out = (guarded(t, True) for t in (torch.randn(n, 200), torch.randn(C, 200), torch.zeros(n, C)))
+        for (N, C), dtype in itertools.product([(3, 9), (16, 45), (20, 700)], oracle.ALL_DTYPES):
+            print(f"{name}, entries of {N} rows of {C} {dtype}", flush=True)
+            given = [*oracle.rows(dtype, N=N, C=C), torch.randn(N, 45).to(dtype)]
+            found, expected = (sparse(*given, hold) for hold in (functools.partial(guarded, at_end=True), torch.clone))
+            assert all(map(the_same, found, expected))
+        for (n, C), dtype in itertools.product([(15, 7), (16, 48), (33, 100)], oracle.ALL_DTYPES):
+            print(f"{name}, logits of {n} rows and {C} classes in {dtype}", flush=True)
+            h, W = (torch.randn(k, 200).to(dtype) for k in (n, C))
+            expected, out = h.double() @ W.double().t(), torch.zeros(n, C, dtype=compute_dtype(h))
+            h, W, out = (guarded(t, True) for t in (h, W, out))
             dispatch.linear(h, W, out)
-            assert ((out - h.double() @ W.double().t()).abs() < 1e-4).all()
+            assert ((out - expected).abs() < 1e-4).all()
     print("all")
 
 
