@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import NOTHING, Upstream, grad_of, stats_of
+from oracle import NOTHING, Upstream, grad_of, stats_of, upstream
 from torch import Tensor
 
 from xent._rows import dispatch as _primitives
@@ -60,13 +60,26 @@ def test_used_pages_are_kept(used: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     x, y = torch.zeros(200, 50_000), torch.full((200,), -100)
     y[:20] = 0
     found = stats_of(x, y)
-    out = memory(x, used=used)
+    out = memory(x, used=used, offset=3)
     out[-1, -8:] = float("nan")  # in the last page, which is not whole, and so not given back
+    assert out._base is not None
+    before = out._base[:3].fill_(7)  # in the first one, of which others have a part
     take(monkeypatch, out)
     grad = grad_of(x, y, found, Upstream(*found[1:3]))
     assert resident(grad) is used
     assert grad[20:].count_nonzero() == 0
     assert grad[:20].count_nonzero() == 20 * 50_000
+    assert before.eq(7).all()
+
+
+@linux
+def test_pages_that_are_shared_cannot_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no zeros then, not even where they have just been tried."""
+    x, y = torch.zeros(200, 50_000), torch.full((200,), -100)
+    y[-20:] = 0
+    out = torch.frombuffer(mmap.mmap(-1, x.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS), dtype=x.dtype)
+    take(monkeypatch, out.view_as(x))
+    assert grad_of(x, y, stats_of(x, y), upstream(200, False, False))[:180].count_nonzero() == 0
 
 
 CASES = [  # rows, classes, how far from a cache line the gradient begins, what else
