@@ -64,6 +64,24 @@ def test_what_is_infinite_stays_in_its_row_and_class(kernel: str) -> None:
     assert found[:, 6].isnan().all()
 
 
+def test_factors_of_two_dtypes(kernel: str) -> None:
+    h, W = torch.randn(17, 40), torch.randn(7, 40)
+    for a, b in ((h, W.bfloat16()), (h.half(), W), (h.bfloat16(), W.half())):
+        found = room(a, b)
+        dispatch.linear(a, b, found)
+        torch.testing.assert_close(found, a.float() @ b.float().t())
+
+
+def test_a_long_sum_keeps_its_digits(kernel: str) -> None:
+    """Of numbers of one sign, which lose 20 units where they are added up one by one, and here 3."""
+    if not kernel.startswith("native avx"):
+        pytest.skip("products by torch")
+    h, W = torch.rand(17, 4000), torch.rand(7, 4000)
+    found, exact = room(h, W), h.double() @ W.double().t()
+    dispatch.linear(h, W, found)
+    assert ((found - exact) / exact).abs().max() < 6 * torch.finfo(found.dtype).eps
+
+
 def test_the_same_bits_whatever_the_block(kernel: str) -> None:
     """Of rows and classes, and whatever the threads. (torch promises no such thing of its products.)"""
     if not kernel.startswith("native avx"):
