@@ -269,14 +269,14 @@ def test_equal_logits_far_from_0(level: float, dtype: torch.dtype) -> None:
 # Targets out of range, weight, dtypes
 
 
-@pairwise(layout=LAYOUTS.keys(), wrong=[-1, 5, -101, 10**12], reduction=REDUCTIONS)
-def test_target_out_of_range(layout: str, reduction: str, wrong: int) -> None:
+@pairwise(layout=LAYOUTS.keys(), wrong=[-1, 5, -101, 10**12], reduction=REDUCTIONS, weighted=[False, True])
+def test_target_out_of_range(layout: str, reduction: str, wrong: int, weighted: bool) -> None:
     """IndexError, whatever the reduction and the layout; a negative target is as wrong as one that is too large."""
-    x, y = batch(layout)
+    (x, y), weight = batch(layout), torch.ones(5).double() if weighted else None
     y.view(-1)[-1] = wrong
     for function in (xent.cross_entropy, F.cross_entropy):
         with pytest.raises(IndexError, match=r"(?i)target"):
-            function(x, y, reduction=reduction)
+            function(x, y, weight, reduction=reduction)
 
 
 @every_reduction
