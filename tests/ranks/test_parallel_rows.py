@@ -46,6 +46,11 @@ def test_no_rows(ranks: Ranks, reduction: str) -> None:
     as_one(ranks, torch.zeros(0, 6).double(), torch.zeros(0, dtype=torch.long), (4, 2), reduction=reduction)
 
 
+def test_an_ignored_class_weighs_nothing(ranks: Ranks) -> None:
+    x, y, weight = torch.randn(5, 6).double(), torch.tensor([0, 3, 5, 3, 4]), torch.arange(1.0, 7.0)
+    as_one(ranks, x, y, (4, 2), weight=weight, ignore_index=3)
+
+
 @pytest.mark.parametrize("sizes", [(4, 2), (3, 3), (2, 0, 4)], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_infinite_logits(ranks: Ranks, sizes: Sizes, smoothing: float) -> None:
