@@ -8,6 +8,7 @@
 #ifdef VECTOR  // bytes; without it there are no such kernels
 constexpr int AT_ONCE = VECTOR == 64 ? 12 : 6;  // classes: with two vectors of rows they take 24 of 32 registers, or 12 of 16
 constexpr int SUMMED = 192;  // products that are added up before their sum is added to that of others
+static_assert(HEAD_CLASSES % AT_ONCE == 0, "whole blocks of classes");
 
 template <class F>
 using Register __attribute__((vector_size(VECTOR), may_alias)) = F;
