@@ -76,19 +76,25 @@ LOOP int transpose_tiles(const float* x, int64_t stride, int rows, int n, float 
     for (int k = 0; k < rows; k += SIDE) {
         const int row = k + SIDE <= rows ? k : rows - SIDE;
         if (row < 0 || (row + SIDE - 1) * stride + SIDE > end) return k;
+        Side largest[4];  // so that one comparison need not wait for the one before; none becomes NaN
+        for (int j = 0; j < 4; ++j) largest[j] = top ? Side(side(top + row)) : Side{};
         for (int i = 0; i < n; i += SIDE) {
             const int at = i + SIDE <= n || n < SIDE ? i : n - SIDE;
+            const float* from = x + row * stride + at;
+            float* to = z[at] + row;
             Side v[SIDE];
-            for (int j = 0; j < SIDE; ++j) v[j] = scale * side(x + (row + j) * stride + at);
+            for (int j = 0; j < SIDE; ++j, from += stride) {
+                PREFETCH(reinterpret_cast<const char*>(from) + AHEAD, 2);
+                v[j] = scale * side(from);
+            }
             turn(v);
-            for (int j = 0; j < SIDE; ++j)
-                if (at + j < n) side(z[at + j] + row) = v[j];
-            if (!top) continue;
-            Side largest = side(top + row);
-            for (int j = 0; j < SIDE; ++j)
-                if (at + j < n) largest = v[j] > largest ? v[j] : largest;
-            side(top + row) = largest;
+            for (int j = 0; j < SIDE; ++j, to += z.stride) {
+                if (j >= n) continue;
+                side(to) = v[j];
+                if (top) largest[j % 4] = v[j] > largest[j % 4] ? v[j] : largest[j % 4];
+            }
         }
+        for (int j = 0; j < 4 && top; ++j) side(top + row) = largest[j] > side(top + row) ? largest[j] : Side(side(top + row));
     }
     return rows;
 }
@@ -101,10 +107,12 @@ LOOP int transpose_tiles_back(Lanes<float> d, int rows, int n, float* out, int64
         if (row < 0 || (row + SIDE - 1) * stride + SIDE > end) return k;
         for (int i = 0; i < n; i += SIDE) {
             const int at = i + SIDE <= n || n < SIDE ? i : n - SIDE;
+            const float* from = d[at] + row;
+            float* to = out + row * stride + at;
             Side v[SIDE];
-            for (int j = 0; j < SIDE; ++j) v[j] = at + j < n ? Side(side(d[at + j] + row)) : Side{};
+            for (int j = 0; j < SIDE; ++j, from += d.stride) v[j] = j < n ? Side(side(from)) : Side{};
             turn(v);
-            for (int j = 0; j < SIDE; ++j) side(out + (row + j) * stride + at) = v[j];
+            for (int j = 0; j < SIDE; ++j, to += stride) side(to) = v[j];
         }
     }
     return rows;
