@@ -78,7 +78,7 @@ def losses(
         rows, options = _as_rows(input, target, options)
         value, divisor, numbers = losses(*rows, weight, normalizer, options)
         return layout.shaped(value, input.shape), divisor, numbers
-    return value.to(dtype), divisor, numbers
+    return value if written is dtype else value.to(dtype), divisor, numbers
 
 
 def losses_gradient(
