@@ -33,9 +33,9 @@ INLINE F sum_of(const Parts<F>& some) {
 
 template <class F>
 INLINE F peak_of(const Parts<F>& some) {
-    F peak = some.peak[0];
-    for (int k = 1; k < LANES; ++k) peak = some.peak[k] > peak ? some.peak[k] : peak;
-    return peak;
+    F peak[LANES];
+    for (int k = 0; k < LANES; ++k) peak[k] = some.peak[k];
+    return largest_of_lanes(peak);
 }
 
 template <class F>
@@ -86,8 +86,9 @@ INLINE int64_t sample_row(const SampleCall& c, int64_t row) {
     F* kept = static_cast<F*>(c.kept) + row * c.slots;
     int64_t count = 0, steps = 0;
     double sum = 0, next = (1 - c.uniform[row]) * c.resolution;
-    const auto skips = [&](const Parts<F>& some, int64_t first, int count) {
-        if ((first <= y && y < first + count) || !(peak_of(some) < r)) return false;
+    const auto large = [&](const Parts<F>& some) { return !(peak_of(some) < r); };
+    const auto skips = [&](const Parts<F>& some, int64_t first, int count, bool any_large) {
+        if ((first <= y && y < first + count) || any_large) return false;
         const double later = sum + sum_of(some);
         if (later < next) sum = later;
         return later < next;
@@ -97,14 +98,18 @@ INLINE int64_t sample_row(const SampleCall& c, int64_t row) {
         const T* x = c.logits.at<T>(row, at);
         const F* z = padded_scores(c, x, n, z_buffer);
         probabilities_in_groups(z, n, top, factor, p, groups, all, reinterpret_cast<const char*>(x), int(sizeof(T)));
-        if (skips(all, at, n)) continue;
+        if (skips(all, at, n, large(all))) continue;
         for (int g = 0; g < n; g += GROUP) {
             const int end = g + GROUP < n ? g + GROUP : n;
-            if (skips(groups[g / GROUP], at + g, end - g)) continue;
+            const bool any_large = large(groups[g / GROUP]);
+            if (skips(groups[g / GROUP], at + g, end - g, any_large)) continue;
             for (int i = g; i < end; ++i) {
-                if (i % LANES == 0 && skips(lanes_of(p + i), at + i, LANES)) {
-                    i += LANES - 1;
-                    continue;
+                if (i % LANES == 0) {
+                    const Parts<F> lanes = lanes_of(p + i);
+                    if (skips(lanes, at + i, LANES, any_large && large(lanes))) {
+                        i += LANES - 1;
+                        continue;
+                    }
                 }
                 bool keep = at + i == y || p[i] >= r;
                 if (!keep && p[i] < r) {  // not so a NaN
