@@ -52,7 +52,8 @@ def sdist(tmp_path_factory):
 def unpacked(sdist, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python has since 3.11.4
+        archive.extractall(tmp)
     return tmp / sdist.name.removesuffix(".tar.gz")
 
 
