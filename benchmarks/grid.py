@@ -31,7 +31,7 @@ LARGEST = 2**25  # logits of a cell: their check in float64 takes some ten times
 TIMED = 2**26  # logits in all rounds of a cell, but for three: large cells vary less, and the whole map takes minutes
 VARIANTS = ("", "channels_last", "weight", "smoothing", "probabilities", "none", "inplace")
 IMAGES = [
-    *(f"8x21x256x256{':' * bool(variant)}{variant}" for variant in VARIANTS[:4]),
+    *(f"8x21x256x256{':' * bool(variant)}{variant}" for variant in ("", "channels_last", "weight", "smoothing")),
     *("4x150x128x128", "2x19x512x1024", "16x2x256x256"),
 ]
 
@@ -148,13 +148,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def chart(path: Path, rows: Sequence[Row]) -> None:
-    """N by C as colours, the images below: green where xent is faster, red where it is slower, its ratio written in."""
+    """N by C as colours, all other cells below: green where xent is faster, red where slower, its ratio written in."""
     plt = figure_style()
     found = ratios(rows)
     cells = {text: Cell.parse(text) for text in found}
-    plane = {cell.shape: found[text] for text, cell in cells.items() if "x".join(map(str, cell.shape[:2])) == text}
-    images = {text: found[text] for text, cell in cells.items() if cell.shape not in plane or cell.variant}
-    heights = [max(len({N for N, _ in plane}), 1), max(len(images), 1)]
+    plane = {cell.shape: found[text] for text, cell in cells.items() if len(cell.shape) == 2 and not cell.variant}
+    others = {text: found[text] for text, cell in cells.items() if len(cell.shape) > 2 or cell.variant}
+    heights = [max(len({N for N, _ in plane}), 1), max(len(others), 1)]
     size = (8, 0.42 * sum(heights) + 1.8)
     figure, (top, low) = plt.subplots(2, 1, figsize=size, layout="constrained", height_ratios=heights)
     Ns, Cs = sorted({N for N, _ in plane}), sorted({C for _, C in plane})
@@ -168,9 +168,9 @@ def chart(path: Path, rows: Sequence[Row]) -> None:
         f"median {median(found.values()) if found else 0:.1f}; xent is slower in {slower} of {len(found)}",
         loc="left", fontsize=9,
     )  # fmt: skip
-    paint(low, [[ratio] for ratio in images.values()])
+    paint(low, [[ratio] for ratio in others.values()])
     low.set_xticks([])
-    low.set_yticks(range(len(images)), [text.replace("x", " x ").replace(":", ", ") for text in images])
+    low.set_yticks(range(len(others)), [text.replace("x", " x ").replace(":", ", ") for text in others])
     figure.savefig(path, dpi=150, transparent=True)
     plt.close(figure)
 
