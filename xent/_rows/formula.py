@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .._records import Layout, LossOptions, Objective, compute_dtype
-from . import dispatch, objective, operators
+from .._records import Layout, LossOptions, Objective, RowOptions, compute_dtype
+from . import objective, operators
 
 
 def losses(
-    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | None, options: LossOptions
+    input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, options: LossOptions
 ) -> tuple[Any, ...]:
     """The loss of logits and a target in their own shapes, of each row or reduced; the divisor; tensors to save."""
     layout, spec, formula, _ = options
     y, class_weight, terms = of_rows(input, target, layout, weight, formula)
-    stats = dispatch.row_statistics(layout.rows(input), y, spec, formula.wanted, class_weight)
+    stats = operators.row_statistics(input, y, class_weight, RowOptions(layout, spec, formula.wanted))
     value, divisor = objective.evaluate(stats, terms, y, normalizer, formula)
     return layout.shaped(value, input.shape), divisor, stats.top, stats.lse, stats.mass
 

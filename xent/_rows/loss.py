@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._records import LossOptions, RowOptions, statistics_dtype
-from . import dispatch, objective, operators
+from . import dispatch, objective
 from . import formula as by_objective
 from .functions import row_stats
 
@@ -55,22 +55,6 @@ def loss_by_graph(
     return layout.shaped(objective.evaluate(stats, terms, y, normalizer, formula)[0], input.shape)
 
 
-def by_operators(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    g: Tensor,
-    options: LossOptions,
-) -> Tensor:
-    """The gradient of the same, for a compiler that traces a backward: what forward has saved is the backend's own."""
-    layout, spec, formula, _ = options
-    y, w, terms = by_objective.of_rows(input, target, layout, weight, formula)
-    top, lse, _, mass, *_ = operators.row_statistics(input, y, w, RowOptions(layout, spec, formula.wanted, False))
-    divisor = objective.divisor(y, terms.row_weight, normalizer, formula)
-    return by_objective.losses_gradient(input, target, top, lse, mass, weight, g, divisor, options)
-
-
 class Loss(torch.autograd.Function):
     """See `loss`. Without `setup_context`, for the sake of small batches: torch would inspect each call's signature."""
 
@@ -98,8 +82,10 @@ class Loss(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if again or _torch.needs_operator(g) or _torch.needs_graph(input, g):
             given = ctx.normalizer if normalizer is None else normalizer
-            if torch.compiler.is_compiling():  # it does not trace torch.autograd.grad
-                return by_operators(input, target, weight, given, g, ctx.options), None, None, None, None
+            if torch.compiler.is_compiling():  # which traces neither torch.autograd.grad nor a backend
+                _, divisor, *found = by_objective.losses(input, target, weight, given, ctx.options)
+                d = by_objective.losses_gradient(input, target, *found, weight, g, divisor, ctx.options)
+                return d, None, None, None, None
             with torch.enable_grad():
                 value = loss_by_graph(input, target, weight, given, ctx.options)
             return *torch.autograd.grad(value, input, g, create_graph=again), *[None] * 4
