@@ -99,6 +99,21 @@ def test_offsets(name: str, dtype: torch.dtype) -> None:
         assert_true(name, -x, TARGET)
 
 
+@pytest.mark.parametrize("shape", [(2, 1000), (64, 40), (2, 40, 3, 4)], ids=str)
+@pytest.mark.usefixtures("backend")
+def test_sums_over_masked_classes(shape: tuple[int, ...]) -> None:
+    """Of logits that are the lowest number, with which people mask classes: their sum is no float32, its share is one."""
+    x = torch.randn(shape)
+    x[:, 5:] = torch.finfo(torch.float32).min
+    target = x.argmax(1)
+    even = torch.full(shape, 1e-3)
+    weight = torch.linspace(0.5, 100, shape[1])
+    for y, options in ((target, {"label_smoothing": 1e-3}), (even, {}), (even, {"weight": weight})):
+        loss = xent.cross_entropy(x, y, dim=1, loss_dtype=torch.float64, **options)
+        truth = oracle.cross_entropy(x.double(), y if y is target else y.double(), dim=1, **options)
+        torch.testing.assert_close(loss, truth, rtol=1e-6, atol=0)
+
+
 def over_ranks(group: ProcessGroup) -> None:
     for dtype in oracle.ALL_DTYPES:
         x = torch.full((3, C), torch.finfo(dtype).min, dtype=dtype)

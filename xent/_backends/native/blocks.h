@@ -33,7 +33,7 @@ LOOP void add_probabilities(const Call& c, Lanes<F> z, int64_t row, int rows, in
     F tile[SIZE];
     const Lanes<F> q = load_probabilities(c, row, rows, at, n, tile);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
-    for (int i = 0; i < n; ++i) add_products(q[i], w ? w + i : nullptr, z[i], rows, base, all.mass, all.picked);
+    add_products(q, w, z, n, rows, base, all.mass, all.picked);
 }
 
 constexpr int FEW = 8;  // classes that are compared with the targets in less time than numbers are looked up
@@ -88,7 +88,7 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
     clear(c, rows, all);
     targets_of(c, row, rows, y);
     for (int k = 0; k < rows; ++k) all.top[k] = largest[k] = -F(INF);
-    const int step = classes_of_tile(rows);
+    const int step = classes_of_step(rows, end - begin);
     for (int64_t at = begin; at < end; at += step) {
         const int n = end - at < step ? int(end - at) : step;
         std::memcpy(before, all.top, sizeof before);
@@ -96,16 +96,12 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
         const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
         if (at > begin) rebase(c, all, before, rows);
         for (int k = 0; k < rows; ++k) base[k] = all.top[k] == -F(INF) ? 0 : all.top[k];
-        for (int i = 0; i < n; i += EXACT) {
-            const int part = n - i < EXACT ? n - i : EXACT;
-            const Lanes<F> some{z[i], z.stride};
-            c.entropy ? add_exp<true>(some, part, rows, base, all.sum, all.tilt)
-                      : add_exp<false>(some, part, rows, base, all.sum, all.tilt);
-        }
+        const Ahead next = next_step<T>(c.logits, row, rows, at + n, begin, end);
+        c.entropy ? add_exp<true>(z, n, rows, base, all.sum, all.tilt, next)
+                  : add_exp<false>(z, n, rows, base, all.sum, all.tilt, next);
         if (c.argmax) find_largest(z, n, rows, at, largest, all.argmax);
         for (int k = 0; k < rows && (c.has_wsum() || c.soft()); ++k) base[k] = std::isfinite(base[k]) ? base[k] : 0;
-        for (int i = 0; i < n && c.has_wsum(); ++i)
-            add_products<F>(nullptr, w ? w + i : nullptr, z[i], rows, base, all.weights, all.wsum);
+        if (c.has_wsum()) add_products<F>({}, w, z, n, rows, base, all.weights, all.wsum);
         if (c.soft()) add_probabilities(c, z, row, rows, at, n, base, all);
         if (!c.soft()) pick(z, n, rows, y, at, z_y);
     }
@@ -124,7 +120,7 @@ LOOP void add_probabilities(const Call& c, int64_t row, int rows, int64_t at, in
 }
 
 template <class T>
-LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, int64_t end) {
+LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t begin, int64_t end) {
     using F = Compute<T>;
     F tile[SIZE], d_tile[SIZE];
     int64_t y[WIDTH];
@@ -135,7 +131,8 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
     for (int k = 0; k < rows; ++k) counts[k] = y[k] == IGNORED ? 0 : 1;
     factors_of(c, row, rows, y, of);
     const bool side_by_side = together(c.out, row, rows);
-    for (int step = classes_of_tile(rows); at < end; at += step) {
+    const int step = classes_of_step(rows, end - begin);
+    for (int64_t at = begin; at < end; at += step) {
         const int n = end - at < step ? int(end - at) : step;
         const Lanes<F> z = load<T>(c.logits, row, rows, at, n, F(c.scale), F(c.softcap), tile);
         const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
@@ -144,7 +141,10 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
             if (side_by_side) d = {c.out.at<T>(row, at), c.out.class_stride};
         if (!c.soft()) pick(z, n, rows, y, at, z_y);
         if (!c.soft()) entries_of_targets(c, row, rows, y, z_y, of, value);  // before d, which may lie over z
-        c.g_entropy.data ? softmax<true>(z, n, rows, of.top, of.a, of.h, d) : softmax<false>(z, n, rows, of.top, of.a, of.h, d);
+        const Ahead next = next_step<T>(c.logits, row, rows, at + n, begin, end);
+        const Ahead written = std::is_same_v<T, F> ? Ahead{} : ahead<T>(c.out, row, rows, at);  // from the tile, at once
+        c.g_entropy.data ? softmax<true>(z, n, rows, of.top, of.a, of.h, d, next, written)
+                         : softmax<false>(z, n, rows, of.top, of.a, of.h, d, next, written);
         if (c.soft()) add_probabilities(c, row, rows, at, n, of.g_picked, d);
         for (int i = 0; i < n && c.has_wsum(); ++i) add_weighted<F>(of.g_wsum, nullptr, w ? w + i : nullptr, rows, d[i]);
         for (int i = 0; i < n && c.softcap != 0; ++i) multiply_slope(z[i], rows, F(c.softcap), d[i]);
@@ -158,13 +158,11 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t at, in
     }
 }
 
-// How many rows are a block. By class: what stays in the first-level cache, but enough for some cache lines of each class
-// to follow each other, and no block that lies in two places.
-template <class T>
+// How many rows are a block. By class: where the classes are far apart in memory, as many as there may be, so that some
+// cache lines of each follow each other; else what stays in the first-level cache. No block lies in two places.
 inline int block(const Call& c, int64_t row, int64_t row_end) {
     const int64_t fitting = SIZE / 2 / (c.C + 1) / LANES * LANES, left = row_end - row, here = c.logits.B - row % c.logits.B;
-    const int64_t fewest = sizeof(T) == 2 && c.logits.class_stride != 1 ? 128 : 64;
-    int64_t rows = fitting > WIDTH || !c.by_class ? WIDTH : fitting < fewest ? fewest : fitting;
+    int64_t rows = !c.by_class || c.logits.class_stride != 1 || fitting > WIDTH ? WIDTH : fitting < 64 ? 64 : fitting;
     if (rows > left) rows = left;
     return int(c.by_class && rows > here && here >= LANES ? here : rows);
 }

@@ -67,11 +67,7 @@ INLINE Lanes<F> load(const Matrix& x, int64_t row, int rows, int64_t at, int n, 
     if constexpr (std::is_same_v<T, F>)
         if (side_by_side && as_it_is) z = {x.at<T>(row, at), x.class_stride};
     if (!side_by_side) transpose<T>(x, row, rows, at, n, scale, z, cap == 0 ? top : nullptr);
-    for (int i = 0; i < n && side_by_side; ++i) {
-        const T* x_i = x.at<T>(row, at + i);
-        for (int k = rows; k < 2 * rows; k += 64 / int(sizeof(T))) PREFETCH(x_i + k, 2);  // of the next block
-        if (!as_it_is) convert(x_i, rows, scale, z[i]);
-    }
+    for (int i = 0; i < n && side_by_side && !as_it_is; ++i) convert(x.at<T>(row, at + i), rows, scale, z[i]);
     for (int i = 0; i < n && cap != 0; ++i) convert_capped(z[i], rows, F(1), cap, z[i]);
     if (top && (side_by_side || cap != 0)) raise(z, n, rows, top);
     return z;
@@ -102,10 +98,41 @@ LOOP void find_largest(Lanes<F> z, int n, int rows, int64_t at, F* largest, int6
     }
 }
 
+// What a loop over classes asks for on the way into the second-level cache, some bytes for each class: the arithmetic and
+// the memory work at the same time.
+struct Ahead {
+    const char* at;
+    int64_t step;
+    int bytes;
+    INLINE void prefetch(int i) const {
+        for (int b = 0; b < bytes; b += 64) PREFETCH(at + i * step + b, 2);
+    }
+};
+
+template <class T>
+INLINE Ahead ahead(const Matrix& x, int64_t row, int rows, int64_t at) {
+    const int64_t size = sizeof(T);
+    return {reinterpret_cast<const char*>(x.at<T>(row, at)), x.class_stride * size, together(x, row, rows) ? int(rows * size) : 0};
+}
+
+// The step that comes next: it begins at class `next`, or is the first one of the next rows.
+template <class T>
+INLINE Ahead next_step(const Matrix& x, int64_t row, int rows, int64_t next, int64_t begin, int64_t end) {
+    return next < end ? ahead<T>(x, row, rows, next) : ahead<T>(x, row + rows, rows, begin);
+}
+
+// What was added up in F so far.
+template <class F>
+LOOP void move_sums(F* some, int rows, double* all) {
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) all[k] += some[k], some[k] = 0;
+}
+
 template <bool TILT, class F>
-LOOP void add_exp(Lanes<F> z, int n, int rows, const F* top, double* sum, double* tilt) {
+LOOP void add_exp(Lanes<F> z, int n, int rows, const F* top, double* sum, double* tilt, Ahead next) {
     F s[WIDTH] = {}, u[WIDTH] = {};
     for (int i = 0; i < n; ++i) {
+        next.prefetch(i);
         const F* z_i = z[i];
 #pragma omp simd
         for (int k = 0; k < rows; ++k) {
@@ -113,29 +140,45 @@ LOOP void add_exp(Lanes<F> z, int n, int rows, const F* top, double* sum, double
             s[k] += e;
             if (TILT) u[k] += e * (t < -1000 ? -1000 : t);  // where e is 0, t must not be -inf
         }
-    }
-#pragma omp simd
-    for (int k = 0; k < rows; ++k) {
-        sum[k] += s[k];
-        if (TILT) tilt[k] += u[k];
+        if (i + 1 < n && i % EXACT != EXACT - 1) continue;
+        move_sums(s, rows, sum);
+        if (TILT) move_sums(u, rows, tilt);
     }
 }
 
-// sum k and sum k (z - top) with the coefficients k = q w of one class, either of which may be missing.
-template <class F>
-LOOP void add_products(const F* q, const F* w, const F* z, int rows, const F* top, double* mass, double* total) {
-    const double w_i = w ? double(*w) : 1;
+template <class S, class F>
+LOOP void products_of_rows(Lanes<F> q, const F* w, Lanes<F> z, int n, int rows, const F* top, double* mass, double* total) {
+    S m[WIDTH] = {}, s[WIDTH] = {};
+    for (int k = 0; k < rows; ++k) mass[k] = total[k] = 0;
+    for (int i = 0; i < n; ++i) {
+        const F *q_i = q.at ? q[i] : nullptr, *z_i = z[i];
+        const S w_i = w ? w[i] : 1;
 #pragma omp simd
-    for (int k = 0; k < rows; ++k) {
-        const double coefficient = (q ? double(q[k]) : 1) * w_i;
-        mass[k] += coefficient;
-        total[k] += coefficient == 0 ? 0 : coefficient * (double(z[k]) - double(top[k]));  // not 0 * inf
+        for (int k = 0; k < rows; ++k) {
+            const S coefficient = (q_i ? S(q_i[k]) : 1) * w_i;
+            m[k] += coefficient;
+            s[k] += coefficient == 0 ? 0 : coefficient * (S(z_i[k]) - S(top[k]));  // not 0 * inf
+        }
+        if (i + 1 < n && i % EXACT != EXACT - 1) continue;
+        move_sums(m, rows, mass), move_sums(s, rows, total);
     }
+}
+
+// sum k and sum k (z - top) with the coefficients k = q w, either of which may be missing.
+template <class F>
+LOOP void add_products(Lanes<F> q, const F* w, Lanes<F> z, int n, int rows, const F* top, double* mass, double* total) {
+    double m[WIDTH], s[WIDTH];
+    int out_of_range = 0;
+    products_of_rows<F>(q, w, z, n, rows, top, m, s);
+    for (int k = 0; k < rows; ++k) out_of_range |= overflows(m[k] + s[k]);
+    if (out_of_range) products_of_rows<double>(q, w, z, n, rows, top, m, s);
+    move_sums(m, rows, mass), move_sums(s, rows, total);
 }
 
 template <bool TILT, class F>
-LOOP void softmax(Lanes<F> z, int n, int rows, const F* top, const F* a, const F* h, Lanes<F> d) {
+LOOP void softmax(Lanes<F> z, int n, int rows, const F* top, const F* a, const F* h, Lanes<F> d, Ahead next, Ahead out) {
     for (int i = 0; i < n; ++i) {
+        next.prefetch(i), out.prefetch(i);
         const F* z_i = z[i];
         F* d_i = d[i];
 #pragma omp simd

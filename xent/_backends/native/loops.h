@@ -32,6 +32,12 @@ LOOP void store(const F* d, int n, T* out) {
 #ifdef F16C  // the same, with the instructions for these numbers, which no compiler finds
 LOOP void convert(const Float16* x, int n, float scale, float* out) {
     int i = 0;
+#if VECTOR == 64
+    for (; i + 16 <= n; i += 16) {
+        const __m512 z = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(z, _mm512_set1_ps(scale)));
+    }
+#endif
     for (; i + 8 <= n; i += 8) {
         const __m256 z = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
         _mm256_storeu_ps(out + i, _mm256_mul_ps(z, _mm256_set1_ps(scale)));
@@ -41,6 +47,12 @@ LOOP void convert(const Float16* x, int n, float scale, float* out) {
 
 LOOP void store(const float* d, int n, Float16* out) {
     int i = 0;
+#if VECTOR == 64
+    for (; i + 16 <= n; i += 16) {
+        const __m256i x = _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(d + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), x);
+    }
+#endif
     for (; i + 8 <= n; i += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(d + i), _MM_FROUND_TO_NEAREST_INT));
     for (; i < n; ++i) narrow(d[i], out[i]);
@@ -96,6 +108,12 @@ LOOP F maximum(const F* z, int n) {
 struct Sums {
     double sum, tilt;
 };
+struct Products {
+    double mass, total;
+};
+
+// Sums of products may be too large for F, of logits that are the lowest number there is; then they are taken in double.
+INLINE bool overflows(double total) { return total - total != 0; }
 
 constexpr int QUARTER = LANES / 4;
 
@@ -154,33 +172,45 @@ LOOP int find(const F* z, int n, F value) {
     return first;
 }
 
-// sum k and sum k (z - base) with the coefficients k = q w, either of which may be missing.
-template <bool Q, bool W, class F>
-LOOP void dot_of(const F* q, const F* w, const F* z, int n, double base, double& mass, double& total) {
-    double m[LANES] = {}, s[LANES] = {};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
+template <bool Q, bool W, int N, class S, class F>
+INLINE void add_products_of_lanes(const F* q, const F* w, const F* z, S base, S* mass, S* total) {
 #pragma omp simd
-        for (int j = 0; j < LANES; ++j) {
-            const double k = (Q ? double(q[i + j]) : 1) * (W ? double(w[i + j]) : 1), t = double(z[i + j]) - base;
-            m[j] += k;
-            s[j] += (Q || W) && k == 0 ? 0 : k * t;  // not 0 * inf
-        }
-    for (; i < n; ++i) {
-        const double k = (Q ? double(q[i]) : 1) * (W ? double(w[i]) : 1);
-        m[0] += k;
-        s[0] += k == 0 ? 0 : k * (double(z[i]) - base);
+    for (int j = 0; j < N; ++j) {
+        const S k = (Q ? S(q[j]) : 1) * (W ? S(w[j]) : 1), t = S(z[j]) - base;
+        mass[j] += k;
+        total[j] += (Q || W) && k == 0 ? 0 : k * t;  // not 0 * inf
     }
-    mass += sum_of_lanes(m);
-    total += sum_of_lanes(s);
+}
+
+// sum k and sum k (z - base) with the coefficients k = q w, either of which may be missing: of a chunk in S, of all in double.
+template <bool Q, bool W, class S, class F>
+LOOP Products dot_of(const F* q, const F* w, const F* z, int n, S base) {
+    double m[QUARTER] = {}, s[QUARTER] = {};
+    for (int i = 0; i < n;) {
+        const int end = i + CHUNK < n ? i + CHUNK : n;
+        S mass[LANES] = {}, total[LANES] = {};
+        const auto add = [&](auto count) {
+            add_products_of_lanes<Q, W, count>(Q ? q + i : q, W ? w + i : w, z + i, base, mass, total);
+            i += count;
+        };
+        while (i + LANES <= end) add(std::integral_constant<int, LANES>());
+        while (i < end) add(std::integral_constant<int, 1>());
+        add_lanes(mass, m);
+        add_lanes(total, s);
+    }
+    return {sum_of_lanes<QUARTER / 2>(m), sum_of_lanes<QUARTER / 2>(s)};
+}
+
+template <class S, class F>
+INLINE Products dot_in(const F* q, const F* w, const F* z, int n, F base) {
+    if (q) return w ? dot_of<true, true>(q, w, z, n, S(base)) : dot_of<true, false>(q, w, z, n, S(base));
+    return w ? dot_of<false, true>(q, w, z, n, S(base)) : dot_of<false, false>(q, w, z, n, S(base));
 }
 
 template <class F>
-INLINE void dot(const F* q, const F* w, const F* z, int n, double base, double& mass, double& total) {
-    if (q)
-        w ? dot_of<true, true>(q, w, z, n, base, mass, total) : dot_of<true, false>(q, w, z, n, base, mass, total);
-    else
-        w ? dot_of<false, true>(q, w, z, n, base, mass, total) : dot_of<false, false>(q, w, z, n, base, mass, total);
+INLINE Products dot(const F* q, const F* w, const F* z, int n, F base) {
+    const Products found = dot_in<F>(q, w, z, n, base);
+    return overflows(found.mass + found.total) ? dot_in<double>(q, w, z, n, base) : found;
 }
 
 // d = e^t (a - h t) with t = z - top; see `write_gradient` for a and h, and `sum_exp` for the prefetch.

@@ -84,10 +84,14 @@ INLINE void add_piece(const Call& c, Found& found, int64_t row, int64_t y, int64
     const F* z = scores(c, x, n, z_buffer);
     const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
     add_exp(c, found, x, z, n, at);
-    const double base = std::isfinite(found.max) ? found.max : 0;
-    if (c.has_wsum()) dot<F>(nullptr, w, z, n, base, found.weights, found.wsum);
+    const F base = std::isfinite(found.max) ? F(found.max) : 0;
+    if (c.has_wsum()) {
+        const Products all = dot<F>(nullptr, w, z, n, base);
+        found.weights += all.mass, found.wsum += all.total;
+    }
     if (c.soft()) {
-        dot(probabilities(c, row, at, n, q_buffer), w, z, n, base, found.mass, found.picked);
+        const Products all = dot(probabilities(c, row, at, n, q_buffer), w, z, n, base);
+        found.mass += all.mass, found.picked += all.total;
     } else if (at <= y && y < at + n) {
         found.picked = z[y - at];
     }
@@ -180,7 +184,7 @@ template <class T>
 LOOP void statistics(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
     for (int64_t row = r.row, rows; row < r.row_end; row += rows) {
-        rows = block<T>(c, row, r.row_end);
+        rows = block(c, row, r.row_end);
         c.by_class ? statistics_by_class<T>(c, task, row, int(rows), r.at, r.end)
                    : statistics_by_row<T>(c, task, row, int(rows), r.at, r.end);
     }
@@ -190,7 +194,7 @@ template <class T>
 LOOP void gradient(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
     for (int64_t row = r.row, rows; row < r.row_end; row += rows) {
-        rows = block<T>(c, row, r.row_end);
+        rows = block(c, row, r.row_end);
         c.by_class ? gradient_by_class<T>(c, row, int(rows), r.at, r.end) : gradient_by_row<T>(c, row, int(rows), r.at, r.end);
     }
 }

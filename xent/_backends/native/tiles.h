@@ -14,7 +14,12 @@ struct Lanes {  // class i of all rows: at + i * stride
 
 // An odd number of cache lines, so that the classes of a row do not all fall into the same few sets of the cache.
 inline int tile_stride(int rows) { return (rows + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) + LANES; }
-inline int classes_of_tile(int rows) { return SIZE / tile_stride(rows); }
+
+// How many classes are a step: as many as a tile holds, or somewhat fewer, so that all steps have about the same number.
+inline int classes_of_step(int rows, int64_t classes) {
+    const int64_t fitting = SIZE / tile_stride(rows), steps = (classes - 1) / fitting + 1;
+    return int((classes - 1) / steps + 1);
+}
 
 // Other compilers, and double, take number by number: see lanes.h.
 #if defined(__has_builtin)
