@@ -93,7 +93,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 def test_without_an_openmp_runtime_one_thread_does_the_work() -> None:
     x, y, found = problem()
-    native._native.use_openmp(0, False)
+    native._native.use_openmp(0, False, 0)
     try:
         assert torch.equal(stats_of(x, y).lse, found.lse)
     finally:

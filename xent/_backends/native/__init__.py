@@ -208,8 +208,9 @@ def _use_torch_openmp() -> None:
         library = ctypes.CDLL(path)  # already loaded
         for name in ("GOMP_parallel", "__kmpc_fork_call"):
             if hasattr(library, name):
-                address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-                _native.use_openmp(address, name == "__kmpc_fork_call")
+                functions = library[name], library["omp_get_thread_num"]
+                entry, number = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+                _native.use_openmp(entry, name == "__kmpc_fork_call", number)
                 return
 
 

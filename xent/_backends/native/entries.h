@@ -33,7 +33,7 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     LinearCall pack = c;
     pack.N = panels, pack.rows_per_task = pack.parts = 1;
     run(of.pack_panel[head.type - FLOAT32], pack, unsigned(threads));
-    c.rows_per_task = HEAD_CLASSES, c.parts = 1, c.threads = threads;
+    c.rows_per_task = HEAD_CLASSES, c.parts = 1;
     run(of.linear[head.type - FLOAT32], c, unsigned(threads));
     PyEval_RestoreThread(state);
     std::free(memory);

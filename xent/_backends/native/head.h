@@ -26,7 +26,7 @@ struct SumsCall : Call {  // N sums
 constexpr int HEAD_CLASSES = 48;  // of a task of linear.h
 
 struct LinearCall : Call {  // N classes, whose logits of n rows are computed
-    int64_t n, D, stride, threads;  // the row stride of the head
+    int64_t n, D, stride;  // the row stride of the head
     const void* head;
     void* panels;  // the hidden states, see linear.h
 };

@@ -57,8 +57,8 @@ LOOP void linear(const Call& call, int64_t task) {
     alignas(64) F sums[HEAD_CLASSES * PANEL<F>], converted[AT_ONCE][SUMMED];
     for (int64_t row = 0; row < c.n; row += PANEL<F>) {
         // While this thread works at its last panel, its next classes are fetched.
-        const bool fetches = row + PANEL<F> >= c.n && range.row_end + c.threads * HEAD_CLASSES <= c.N;
-        const int64_t ahead = fetches ? c.threads * HEAD_CLASSES * c.stride : 0;
+        const bool fetches = row + PANEL<F> >= c.n && range.row_end + HEAD_CLASSES <= c.N;
+        const int64_t ahead = fetches ? HEAD_CLASSES * c.stride : 0;
         int64_t d = 0;
         do {  // without any products the sums are 0
             const int count = c.D - d < SUMMED ? int(c.D - d) : SUMMED;

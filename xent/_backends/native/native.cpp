@@ -119,12 +119,12 @@ void write_number(double x, Type type, char* out) {
     if (type == FLOAT64) narrow(x, *reinterpret_cast<double*>(out));
 }
 
-// Returns whether the memory is fresh: a new result need not be, for some allocators keep pages and hand them out again.
-bool prepare_out(Call& c, int64_t bytes, bool fresh) {
+// A new result need not be fresh memory, for some allocators keep pages and hand them out again.
+void prepare_out(Call& c, int64_t bytes, bool fresh) {
     const Pages pages(c.out.data, bytes);
     if (fresh && bytes >= LARGE && resident(pages)) fresh = false;
     c.past_caches = !fresh && bytes >= LARGE;  // fresh pages are in the cache, where the system has just cleared them
-    if (!fresh || bytes < HUGE_PAGES) return fresh;
+    if (!fresh || bytes < HUGE_PAGES) return;
     // What the rows that count take, and what they take in huge pages, which are cleared whole.
     const int64_t row_bytes = bytes / c.N;
     int64_t counted = c.by_class || bytes < LARGE ? bytes : 0, touched = 0, end = 0;  // by class all is written
@@ -140,7 +140,6 @@ bool prepare_out(Call& c, int64_t bytes, bool fresh) {
         c.scattered = 2 * counted < touched;
     }
     if (!c.scattered) advise_huge_pages(pages);
-    return true;
 }
 
 // ------------------------------------------------------------------------------------------------- Python

@@ -117,7 +117,7 @@ PyObject* gradient(Read& c, Arguments& a) {
     c.candidates.scores = scores;
     if (scores) compute(c, [&] {
         cut(c);
-        if (prepare_out(c, c.bytes(), fresh)) spread(c, c.threads);
+        prepare_out(c, c.bytes(), fresh);
         pass_of_candidates(kernels->pick[c.dtype()], c, c.threads);
         run(kernels->gradient[c.dtype()], c, c.threads, true);
         pass_of_candidates(kernels->put[c.dtype()], c, c.threads);

@@ -13,14 +13,17 @@ PyObject* py_use_tensors(PyObject*, PyObject* type) {
     Py_RETURN_NONE;
 }
 
-// (address of the entry point, whether it is kmpc's)
+// (address of the entry point, whether it is kmpc's, address of omp_get_thread_num)
 PyObject* py_use_openmp(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 2)) return nullptr;
-    void* address = PyLong_AsVoidPtr(args[0]);
+    if (wrong_count(count, 3)) return nullptr;
+    Arguments a{args};
+    void* const address = a.address<void>();
+    const bool kmpc = PyObject_IsTrue(a.object()) == 1;
+    void* const number = a.address<void>();
     if (PyErr_Occurred()) return nullptr;
-    const bool kmpc = PyObject_IsTrue(args[1]) == 1;
     gomp_parallel = kmpc ? nullptr : bits<decltype(gomp_parallel)>(address);
     kmpc_fork_call = kmpc ? bits<decltype(kmpc_fork_call)>(address) : nullptr;
+    thread_number = bits<decltype(thread_number)>(number);
     Py_RETURN_NONE;
 }
 

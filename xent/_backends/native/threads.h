@@ -9,19 +9,30 @@
 // compilers call at a parallel region will do.
 inline void (*gomp_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 inline void (*kmpc_fork_call)(void* location, int32_t count, void (*body)(int32_t*, int32_t*, void*), ...);
+inline int (*thread_number)();  // of a thread in its region
+
+constexpr int64_t RANGES = 64;
 
 struct Work {
     void (*kernel)(const Call&, int64_t task);
     const Call& call;
-    int64_t tasks;
+    int64_t tasks, ranges;
     bool last_first;  // for whom reads again what was read: the end of it is still in the caches
-    std::atomic<int64_t> next;
+    std::atomic<int64_t> taken[RANGES];
 };
 
-// Each thread takes the next task that is left, so that ignored rows and a busy core do not leave the others waiting.
+// Each thread has a range of tasks, the same in every pass, and as torch's own loops cut theirs: so it finds in its caches
+// what it read or wrote before, and no two write into one huge page of fresh memory. Then it takes what others have left,
+// so that ignored rows and a busy core do not leave it waiting.
 inline void take_tasks(void* data) {
     Work& work = *static_cast<Work*>(data);
-    for (int64_t task; (task = work.next.fetch_add(1)) < work.tasks;) work.kernel(work.call, work.last_first ? work.tasks - 1 - task : task);
+    const int64_t own = thread_number ? thread_number() : 0;
+    for (int64_t i = 0; i < work.ranges; ++i) {
+        const int64_t range = (own + i) % work.ranges;
+        const int64_t begin = work.tasks * range / work.ranges, end = work.tasks * (range + 1) / work.ranges;
+        for (int64_t k; (k = work.taken[range].fetch_add(1)) < end - begin;)
+            work.kernel(work.call, work.last_first ? end - 1 - k : begin + k);
+    }
 }
 
 inline void take_tasks_kmpc(int32_t*, int32_t*, void* data) { take_tasks(data); }
@@ -33,7 +44,7 @@ struct Location {  // of a parallel region in the source, which kmpc wants to kn
 
 inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned threads, bool last_first = false) {
     const int64_t blocks = (call.N + call.rows_per_task - 1) / call.rows_per_task;
-    Work work{kernel, call, blocks * call.parts, last_first, {0}};
+    Work work{kernel, call, blocks * call.parts, threads < RANGES ? threads : RANGES, last_first, {}};
     if (threads > 1 && work.tasks > 1 && gomp_parallel) {
         gomp_parallel(take_tasks, &work, threads, 0);
     } else if (threads > 1 && work.tasks > 1 && kmpc_fork_call) {
@@ -62,11 +73,4 @@ inline void cut(Call& c) {
     c.classes_per_task = c.N > FEW_ROWS ? c.C + 1 : (c.C / TASK / MOST_PARTS + 1) * TASK;
     c.parts = c.C / c.classes_per_task + 1;
     if (c.parts > 1) c.rows_per_task = 1;
-}
-
-// Into fresh memory threads write far apart: two that touch the same huge page at the same time would both clear one,
-// and one of them for nothing.
-inline void spread(Call& c, int64_t threads) {
-    const int64_t rows = c.N / (4 * threads);
-    if (c.rows_per_task < rows) c.rows_per_task = rows;
 }
