@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library import autograd
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils import _python_dispatch
@@ -59,6 +61,20 @@ def is_traced(*tensors: Tensor | None) -> bool:
         return True
     beyond = _keys_of_this_thread().raw_repr() & _BEYOND
     return beyond & ~_MODE != 0 or (beyond != 0 and any(map(torch._C._get_dispatch_mode, _TRACERS)))
+
+
+_operators: Any = torch.library.Library("xent", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """`torch.library.register_autograd` of xent::name at its first call, for it takes a quarter of `import xent`."""
+
+    @functools.cache
+    def kernel() -> Any:
+        operator = getattr(torch.ops.xent, name).default
+        return autograd.make_autograd_impl(operator, autograd.Info(backward, setup_context))
+
+    _operators.impl(name, lambda *given: kernel()(*given), "Autograd", with_keyset=True)
 
 
 def apply_to_plain(function: type[torch.autograd.Function], *arguments: Any) -> Any:

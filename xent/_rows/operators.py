@@ -113,7 +113,7 @@ def differentiate(name: str, function: type[torch.autograd.Function], *given: An
         found = function.backward(ctx, *(grads[0] if isinstance(grads[0], (list, tuple)) else grads))
         return (*found, *[None] * ctx.count)[: ctx.count]
 
-    torch.library.register_autograd(f"xent::{name}", backward, setup_context=setup_context)
+    _torch.differentiate(name, backward, setup_context)
 
 
 def flatten(*arguments: Any) -> list[Any]:
