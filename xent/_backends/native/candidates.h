@@ -1,5 +1,5 @@
 // Several classes per row: their scores, and their entries of the gradient, in double. A pass that takes row by row does
-// this while a row is in the caches; for the others it is a pass of its own.
+// this while some rows are in the caches; for the others it is a pass of its own.
 template <class T>
 INLINE double score(const Call& c, T x) {
     using F = decltype(widen(T{}));
@@ -7,18 +7,34 @@ INLINE double score(const Call& c, T x) {
     return c.softcap == 0 ? z : F(c.softcap) * std::tanh(z / F(c.softcap));
 }
 
-// The scores of a row. Of a call of the statistics, which have no top yet, they are absolute.
-template <class T>
-LOOP void pick_row(const Call& c, int64_t row) {
-    const Candidates& of = c.candidates;
-    for (int64_t k = 0; k < of.K; ++k) {  // all of them on their way before the first is waited for
-        const int64_t y = c.y(row, k), at = c.local(y);
-        if (c.bad && y != c.ignore_index && (y < 0 || y >= c.classes)) *c.bad = true;
-        if (at >= 0) PREFETCH(c.logits.at<T>(row, at), 3);
+struct Choices {  // the candidates of a row
+    const Call& c;
+    int64_t first;
+    Choices(const Call& call, int64_t row) : c(call), first(call.target.offset(row)) {}
+    int64_t y(int64_t k) const {
+        const int64_t at = first + k * c.target.class_stride;
+        return c.target_kind == INT64 ? static_cast<const int64_t*>(c.target.data)[at] : static_cast<const int32_t*>(c.target.data)[at];
     }
-    for (int64_t k = 0; k < of.K; ++k) {
-        const int64_t at = c.local(c.y(row, k));
-        of.scores[row * of.K + k] = at < 0 ? 0 : score(c, *c.logits.at<T>(row, at)) - c.top_in[row];
+    int64_t local(int64_t k) const { return c.local(y(k)); }
+};
+
+template <class T>
+LOOP void pick_rows(const Call& c, int64_t row, int64_t row_end) {
+    const Candidates& of = c.candidates;
+    const int64_t stride = c.logits.class_stride;
+    for (; row < row_end; ++row) {
+        const Choices choices(c, row);
+        const T* x = c.logits.at<T>(row, 0);
+        const double top = c.top_in[row];
+        for (int64_t k = 0; k < of.K; ++k) {  // all of them on their way before the first is waited for
+            const int64_t y = choices.y(k), at = c.local(y);
+            if (c.bad && y != c.ignore_index && (y < 0 || y >= c.classes)) *c.bad = true;
+            if (at >= 0) PREFETCH(x + at * stride, 3);
+        }
+        for (int64_t k = 0; k < of.K; ++k) {
+            const int64_t at = choices.local(k);
+            of.scores[row * of.K + k] = at < 0 ? 0 : score(c, x[at * stride]) - top;
+        }
     }
 }
 
@@ -50,45 +66,59 @@ struct SumsOfEquals {
     }
 };
 
-// The entries of a row's candidates, rounded once; `pick_row` comes before the row is written.
+// The entries of the candidates of rows, rounded once; `pick_rows` comes before these rows are written.
 template <class T>
-LOOP void put_row(const Call& c, int64_t row, SumsOfEquals& sums) {
+LOOP void put_rows(const Call& c, int64_t row, int64_t row_end, SumsOfEquals& sums) {
     using F = decltype(widen(T{}));
     const Candidates& of = c.candidates;
     const F* weight = static_cast<const F*>(c.weight);
-    sums.clear();
-    for (int64_t k = 0; k < of.K; ++k) {
-        const int64_t at = c.local(c.y(row, k));
-        if (at >= 0) sums.of(at) += of.g[row * of.K + k];
-    }
     double t[WIDTH], p[WIDTH];
-    for (int64_t first = 0; first < of.K; first += WIDTH) {
-        const int n = of.K - first < WIDTH ? int(of.K - first) : WIDTH;
-        const double *scores = of.scores + row * of.K + first, lse = c.lse_in[row], top = c.top_in[row];
-        for (int k = 0; k < n; ++k) t[k] = scores[k] - lse;
-        exponentials(t, n, p);
-        for (int k = 0; k < n; ++k) {
-            const int64_t at = c.local(c.y(row, first + k));
-            if (at < 0) continue;
-            double d = p[k] * c.g_lse[row] + sums.of(at);
-            if (c.g_entropy.data && p[k] > 0) d -= p[k] * t[k] * c.g_entropy[row];
-            if (c.g_wsum.data) d += c.g_wsum[row] * (weight ? double(weight[at]) : 1);
-            const double u = c.softcap == 0 ? 0 : (scores[k] + top) / c.softcap;
-            narrow(F(d * c.scale * (1 - u * u)), *c.out.at<T>(row, at));
-        }
+    for (int64_t first = row * of.K, end = row_end * of.K, n; first < end; first += n) {
+        n = end - first < WIDTH ? end - first : WIDTH;
+        const auto each = [&](auto row_begins, auto entry) {
+            int64_t row = first / of.K, k = first % of.K;
+            for (int i = 0; i < n; ++i) {
+                if (i == 0 || k == 0) row_begins(row, k == 0);
+                entry(i, k);
+                if (++k == of.K) k = 0, ++row;
+            }
+        };
+        double lse = 0, top = 0, g_lse = 0, g_entropy = 0, g_wsum = 0;
+        each([&](int64_t row, bool) { lse = c.lse_in[row]; }, [&](int i, int64_t) { t[i] = of.scores[first + i] - lse; });
+        exponentials(t, int(n), p);
+        Choices choices(c, row);
+        T* out = nullptr;
+        each(
+            [&](int64_t row, bool all) {
+                choices.first = c.target.offset(row), out = c.out.at<T>(row, 0), top = c.top_in[row];
+                g_lse = c.g_lse[row], g_entropy = c.g_entropy[row], g_wsum = c.g_wsum[row];
+                if (!all) return;
+                sums.clear();
+                for (int64_t k = 0; k < of.K; ++k)
+                    if (const int64_t at = choices.local(k); at >= 0) sums.of(at) += of.g[row * of.K + k];
+            },
+            [&](int i, int64_t k) {
+                const int64_t at = choices.local(k);
+                if (at < 0) return;
+                double d = p[i] * g_lse + sums.of(at);
+                if (c.g_entropy.data && p[i] > 0) d -= p[i] * t[i] * g_entropy;
+                if (c.g_wsum.data) d += g_wsum * (weight ? double(weight[at]) : 1);
+                const double u = c.softcap == 0 ? 0 : (of.scores[first + i] + top) / c.softcap;
+                narrow(F(d * c.scale * (1 - u * u)), out[at * c.out.class_stride]);
+            });
     }
 }
 
 template <class T>
-LOOP void pick_rows(const Call& c, int64_t task) {
+LOOP void pick_task(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
-    for (int64_t row = r.row; row < r.row_end; ++row) pick_row<T>(c, row);
+    pick_rows<T>(c, r.row, r.row_end);
 }
 
 template <class T>
-LOOP void put_rows(const Call& c, int64_t task) {
+LOOP void put_task(const Call& c, int64_t task) {
     const Call::Range r = c.range(task);
     SumsOfEquals sums(c.candidates.K);
     if (!sums.entries) return void(*c.no_memory = true);
-    for (int64_t row = r.row; row < r.row_end; ++row) put_row<T>(c, row, sums);
+    put_rows<T>(c, r.row, r.row_end, sums);
 }

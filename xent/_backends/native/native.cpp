@@ -106,10 +106,6 @@ void statistics(Call& c, int64_t dtype, unsigned threads) {
     run(kernels->statistics[dtype], c, threads);
     if (c.parts > 1) kernels->finish_parts(c);
     pass_of_candidates(kernels->pick[dtype], c, threads);
-    const Candidates& of = c.candidates;
-    for (int64_t row = 0; of.K && row < c.N; ++row)
-        for (int64_t k = 0; k < of.K; ++k)
-            if (c.local(c.y(row, k)) >= 0) of.scores[row * of.K + k] -= c.top[row];
 }
 
 void write_number(double x, Type type, char* out) {

@@ -92,6 +92,7 @@ PyObject* py_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
     c.top = results<double>(a.tensor("top"), N, FLOAT64), c.lse = results<double>(a.tensor("lse"), N, FLOAT64);
     double* picked = results<double>(a.tensor("picked"), K ? N * K : N, FLOAT64);
     K ? c.candidates.scores = picked : c.picked = picked;
+    c.top_in = side_by_side(c.top, FLOAT64, N);
     c.mass = results<double>(a.optional("mass"), N, FLOAT64), c.wsum = results<double>(a.optional("wsum"), N, FLOAT64);
     c.entropy = results<double>(a.optional("entropy"), N, FLOAT64), c.argmax = results<int64_t>(a.optional("argmax"), N, INT64);
     if (PyErr_Occurred()) return nullptr;

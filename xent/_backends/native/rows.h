@@ -134,11 +134,11 @@ LOOP void statistics_by_row(const Call& c, int64_t task, int64_t row, int rows, 
     targets_of(c, row, rows, y);
     for (int k = 0; k < rows; ++k) {
         const Found found = y[k] == IGNORED ? Found() : scan<T>(c, row + k, y[k], at, end);
-        if (c.picks_candidates()) pick_row<T>(c, row + k);
         if (c.parts > 1) return void(c.found[task] = found);
         put_found(found, k, all);
     }
     finish_block(c, task, row, rows, all, y);
+    if (c.picks_candidates()) pick_rows<T>(c, row, row + rows);
 }
 
 template <class T>
@@ -171,9 +171,9 @@ LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, i
             continue;
         }
         if (c.scattered) populate(reinterpret_cast<char*>(c.out.at<T>(row + k, begin)), (end - begin) * int64_t(sizeof(T)));
-        if (sums.entries) pick_row<T>(c, row + k);
+        if (sums.entries) pick_rows<T>(c, row + k, row + k + 1);
         for (int64_t at = begin; at < end; at += PIECE) gradient_piece<T>(c, row, k, at, piece(end - at), of);
-        if (sums.entries) put_row<T>(c, row + k, sums);
+        if (sums.entries) put_rows<T>(c, row + k, row + k + 1, sums);
         if (!c.soft() && begin <= y[k] && y[k] < end) narrow(value[k], *c.out.at<T>(row + k, y[k]));
     }
 }
@@ -203,8 +203,8 @@ constexpr Kernels KERNELS = {
     NAME,
     {statistics<float>, statistics<BFloat16>, statistics<Float16>, statistics<double>},
     {gradient<float>, gradient<BFloat16>, gradient<Float16>, gradient<double>},
-    {pick_rows<float>, pick_rows<BFloat16>, pick_rows<Float16>, pick_rows<double>},
-    {put_rows<float>, put_rows<BFloat16>, put_rows<Float16>, put_rows<double>},
+    {pick_task<float>, pick_task<BFloat16>, pick_task<Float16>, pick_task<double>},
+    {put_task<float>, put_task<BFloat16>, put_task<Float16>, put_task<double>},
     finish_parts,
     exp_all<float>,
     exp_all<double>,
