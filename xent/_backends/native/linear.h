@@ -28,17 +28,24 @@ LOOP void pack_panel(const Call& call, int64_t task) {
     }
 }
 
-// sums (class, row) += (or =, at first) the products of `count` numbers of AT_ONCE classes and of a panel. Meanwhile as
-// many bytes of T are fetched from `next` on.
+// sums (class, row) += (or =, at first) the products of `count` numbers of AT_ONCE classes, `stride` apart, and of a panel.
+// Meanwhile as many bytes of T are fetched from `next` on. Three classes share a pointer: for each its own there are too few
+// registers, and a compiler would keep the others where they take time of the products.
 template <class F, class T>
-INLINE void add_products(const F* const* head, const F* panel, int count, bool first, const T* next, F* sums) {
+INLINE void add_products(const F* head, int64_t stride, const F* panel, int count, bool first, const T* next, F* sums) {
     using V = Register<F>;
     constexpr int LANE = PANEL<F> / 2;
     V found[AT_ONCE][2] = {};
-    for (int d = 0; d < count; ++d) {
-        const V a = *reinterpret_cast<const V*>(panel + d * PANEL<F>), b = *reinterpret_cast<const V*>(panel + d * PANEL<F> + LANE);
-        PREFETCH(next + d * AT_ONCE, 2);
-        for (int i = 0; i < AT_ONCE; ++i) found[i][0] += head[i][d] * a, found[i][1] += head[i][d] * b;
+    const F* some[AT_ONCE / 3];
+    for (int i = 0; i < AT_ONCE / 3; ++i) some[i] = head + 3 * i * stride;
+    for (int d = 0; d < count; ++d, panel += PANEL<F>, next += AT_ONCE) {
+        const V a = *reinterpret_cast<const V*>(panel), b = *reinterpret_cast<const V*>(panel + LANE);
+        PREFETCH(next, 2);
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const F x = some[i / 3][i % 3 * stride];
+            found[i][0] += x * a, found[i][1] += x * b;
+        }
+        for (int i = 0; i < AT_ONCE / 3; ++i) ++some[i];
     }
     for (int i = 0; i < AT_ONCE; ++i)
         for (int j = 0; j < 2; ++j) {
@@ -63,16 +70,15 @@ LOOP void linear(const Call& call, int64_t task) {
         do {  // without any products the sums are 0
             const int count = c.D - d < SUMMED ? int(c.D - d) : SUMMED;
             for (int64_t at = range.row; at < range.row_end; at += AT_ONCE) {
-                const F* some[AT_ONCE];
-                for (int i = 0; i < AT_ONCE; ++i) {
-                    const T* own = head + (at + i < c.N ? at + i : c.N - 1) * c.stride + d;  // the last once more: not stored
-                    if constexpr (std::is_same_v<T, F>)
-                        some[i] = own;
-                    else
-                        convert(own, count, F(1), converted[i]), some[i] = converted[i];
-                }
+                const T* own = head + at * c.stride + d;
+                const bool copies = !std::is_same_v<T, F> || at + AT_ONCE > c.N;  // the last class more than once: not stored
+                for (int i = 0; i < AT_ONCE && copies; ++i)
+                    convert(at + i < c.N ? own + i * c.stride : head + (c.N - 1) * c.stride + d, count, F(1), converted[i]);
+                const F* some = converted[0];
+                if constexpr (std::is_same_v<T, F>) some = copies ? some : own;
                 const T* next = head + at * c.stride + d * AT_ONCE + ahead;
-                add_products(some, panels + row * c.D + d * PANEL<F>, count, d == 0, next, sums + (at - range.row) * PANEL<F>);
+                add_products(some, copies ? SUMMED : c.stride, panels + row * c.D + d * PANEL<F>, count, d == 0, next,
+                             sums + (at - range.row) * PANEL<F>);
             }
         } while ((d += SUMMED) < c.D);
         const int rows = c.n - row < PANEL<F> ? int(c.n - row) : PANEL<F>;
