@@ -102,7 +102,7 @@ def test_offsets(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(2, 1000), (64, 40), (2, 40, 3, 4)], ids=str)
 @pytest.mark.usefixtures("backend")
 def test_sums_over_masked_classes(shape: tuple[int, ...]) -> None:
-    """Of logits that are the lowest number, with which people mask classes: their sum is no float32, its share is one."""
+    """Logits that are the lowest number, with which people mask classes: their sum is no float32, its share is."""
     x = torch.randn(shape)
     x[:, 5:] = torch.finfo(torch.float32).min
     target = x.argmax(1)
