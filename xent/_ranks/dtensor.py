@@ -36,6 +36,8 @@ def distributed(on_parts: Callable[..., Any]) -> Callable[[Callable[P, R]], Call
     """Let a function take DTensors, by way of `on_parts(function, **arguments)`: `on_logits` or `on_head`."""
 
     def decorator(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if not (torch.compiler.is_compiling() or "torch.distributed.tensor" in sys.modules):
@@ -43,7 +45,7 @@ def distributed(on_parts: Callable[..., Any]) -> Callable[[Callable[P, R]], Call
             if not any(_is_dtensor(value) for value in (*args, *kwargs.values())):
                 return function(*args, **kwargs)
             try:
-                arguments = inspect.signature(function).bind(*args, **kwargs)
+                arguments = signature.bind(*args, **kwargs)
             except TypeError:
                 return function(*args, **kwargs)  # which Python refuses, in its own words
             arguments.apply_defaults()

@@ -117,9 +117,10 @@ struct Call {
     }
     bool soft() const { return target_kind >= FLOAT32; }
     bool has_wsum() const { return wsum || g_wsum.data || formula.eps > 0; }
-    int64_t y(int64_t row, int64_t k) const {
-        return target_kind == INT64 ? *target.at<int64_t>(row, k) : *target.at<int32_t>(row, k);
+    int64_t y_at(int64_t offset) const {
+        return target_kind == INT64 ? static_cast<int64_t*>(target.data)[offset] : static_cast<int32_t*>(target.data)[offset];
     }
+    int64_t y(int64_t row, int64_t k) const { return y_at(target.offset(row) + k * target.class_stride); }
     // Of a row with candidates, one that is held nowhere.
     int64_t y(int64_t row) const {
         if (!candidates.K) return y(row, 0);

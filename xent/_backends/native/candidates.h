@@ -11,10 +11,7 @@ struct Choices {  // the candidates of a row
     const Call& c;
     int64_t first;
     Choices(const Call& call, int64_t row) : c(call), first(call.target.offset(row)) {}
-    int64_t y(int64_t k) const {
-        const int64_t at = first + k * c.target.class_stride;
-        return c.target_kind == INT64 ? static_cast<const int64_t*>(c.target.data)[at] : static_cast<const int32_t*>(c.target.data)[at];
-    }
+    int64_t y(int64_t k) const { return c.y_at(first + k * c.target.class_stride); }
     int64_t local(int64_t k) const { return c.local(y(k)); }
 };
 

@@ -11,7 +11,7 @@ inline void (*gomp_parallel)(void (*body)(void*), void* data, unsigned threads, 
 inline void (*kmpc_fork_call)(void* location, int32_t count, void (*body)(int32_t*, int32_t*, void*), ...);
 inline int (*thread_number)();  // of a thread in its region
 
-constexpr int64_t RANGES = 64;
+constexpr int64_t RANGES = 64;  // at most; more threads share them
 
 struct Work {
     void (*kernel)(const Call&, int64_t task);
@@ -44,7 +44,7 @@ struct Location {  // of a parallel region in the source, which kmpc wants to kn
 
 inline void run(void (*kernel)(const Call&, int64_t), const Call& call, unsigned threads, bool last_first = false) {
     const int64_t blocks = (call.N + call.rows_per_task - 1) / call.rows_per_task;
-    Work work{kernel, call, blocks * call.parts, threads < RANGES ? threads : RANGES, last_first, {}};
+    Work work{kernel, call, blocks * call.parts, threads > RANGES ? RANGES : threads > 1 ? threads : 1, last_first, {}};
     if (threads > 1 && work.tasks > 1 && gomp_parallel) {
         gomp_parallel(take_tasks, &work, threads, 0);
     } else if (threads > 1 && work.tasks > 1 && kmpc_fork_call) {
