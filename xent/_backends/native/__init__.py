@@ -61,10 +61,11 @@ def row_gradient(
 def losses(
     input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | None, options: LossOptions
 ) -> tuple[Tensor, float, Tensor]:
-    """The numbers: lse, of probabilities mass, and top in the logits' own digits."""
+    """The numbers: lse, of probabilities mass, and in the logits' own digits top and, of indices, the targets' scores."""
     layout, spec, formula, _ = options
     N, soft, dtype = layout.A * layout.B, target.is_floating_point(), formula.dtype
-    numbers = torch.empty(N * (1 + soft) + (N if input.dtype is FLOAT64 else (N + 1) // 2), dtype=FLOAT64)
+    each = N if input.dtype is FLOAT64 else (N + 1) // 2
+    numbers = torch.empty(N * (1 + soft) + each * (2 - soft), dtype=FLOAT64)
     written = dtype if dtype in LOGITS else FLOAT64
     if formula.reduction == "none":
         value = torch.empty(layout.positions(input.shape), dtype=written)

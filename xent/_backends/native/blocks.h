@@ -63,22 +63,6 @@ LOOP void pick(Lanes<F> z, int n, int rows, const int64_t* y, int64_t at, F* pic
     }
 }
 
-template <class F>
-LOOP void put(const F* value, int n, int rows, const int64_t* y, int64_t at, Lanes<F> d) {
-    F nowhere, own[WIDTH];
-    if (n <= FEW) differences(y, at, rows, own);
-    for (int i = 0; i < n && n <= FEW; ++i) {
-        F* d_i = d[i];
-        const F c = F(i);
-#pragma omp simd
-        for (int k = 0; k < rows; ++k) d_i[k] = own[k] == c ? value[k] : d_i[k];
-    }
-    for (int k = 0; k < rows && n > FEW; ++k) {
-        const uint64_t i = uint64_t(y[k] - at), end = uint64_t(n);
-        *(i < end ? d[int64_t(i)] + k : &nowhere) = value[k];
-    }
-}
-
 template <class T>
 LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows, int64_t begin, int64_t end) {
     using F = Compute<T>;
@@ -112,50 +96,62 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
 }
 
 template <class F>
-LOOP void add_probabilities(const Call& c, int64_t row, int rows, int64_t at, int n, const F* g, Lanes<F> d) {
-    F tile[SIZE];
-    const Lanes<F> q = load_probabilities(c, row, rows, at, n, tile);
-    const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
-    for (int i = 0; i < n; ++i) add_weighted(g, q[i], w ? w + i : nullptr, rows, d[i]);
+LOOP void put(const F* entry, const F* own, F c, int rows, F* d) {
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) d[k] = own[k] == c ? entry[k] : d[k];
 }
 
+// Where there are too many classes to compare each of them with the targets.
+template <class T, class F>
+LOOP void put(const F* entry, int64_t row, int rows, const int64_t* y, int64_t begin, int64_t end, const Matrix& out) {
+    T nowhere, *first = out.at<T>(row, begin);
+    const bool step = in_step(out, row, rows);
+    const int64_t row_stride = out.row_stride, class_stride = out.class_stride;
+    for (int k = 0; k < rows; ++k) {
+        const uint64_t i = uint64_t(y[k] - begin), count = uint64_t(end - begin);
+        T* at = (step ? first + k * row_stride : out.at<T>(row + k, begin)) + int64_t(i) * class_stride;
+        narrow(entry[k], *(i < count ? at : &nowhere));
+    }
+}
+
+// Class by class, so that all that is done for one of them finds it in the first-level cache.
 template <class T>
 LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t begin, int64_t end) {
     using F = Compute<T>;
-    F tile[SIZE], d_tile[SIZE];
-    int64_t y[WIDTH];
-    F z_y[WIDTH] = {}, value[WIDTH];
+    F tile[SIZE], q_tile[SIZE], z_buffer[RUN], d_buffer[RUN], own[RUN], counts[RUN];
+    int64_t y[RUN];
     Factors<F> of;
-    F counts[WIDTH];
     const bool ignored = targets_of(c, row, rows, y);
-    for (int k = 0; k < rows; ++k) counts[k] = y[k] == IGNORED ? 0 : 1;
-    factors_of(c, row, rows, y, of);
-    const bool side_by_side = together(c.out, row, rows);
+    for (int k = 0; k < rows && ignored; ++k) counts[k] = y[k] == IGNORED ? 0 : 1;
+    factors_of<T>(c, row, rows, y, begin, end, of);
+    const bool read_here = together(c.logits, row, rows), written_here = together(c.out, row, rows), few = !c.soft() && end - begin <= FEW;
+    if (few) differences(y, begin, rows, own);
     const int step = classes_of_step(rows, end - begin);
     for (int64_t at = begin; at < end; at += step) {
         const int n = end - at < step ? int(end - at) : step;
-        const Lanes<F> z = load<T>(c.logits, row, rows, at, n, F(c.scale), F(c.softcap), tile);
         const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
-        Lanes<F> d{z.at == tile && c.softcap == 0 ? tile : d_tile, tile_stride(rows)};
-        if constexpr (std::is_same_v<T, F>)
-            if (side_by_side) d = {c.out.at<T>(row, at), c.out.class_stride};
-        if (!c.soft()) pick(z, n, rows, y, at, z_y);
-        if (!c.soft()) entries_of_targets(c, row, rows, y, z_y, of, value);  // before d, which may lie over z
-        const Ahead next = next_step<T>(c.logits, row, rows, at + n, begin, end);
-        const Ahead written = std::is_same_v<T, F> ? Ahead{} : ahead<T>(c.out, row, rows, at);  // from the tile, at once
-        c.g_entropy.data ? softmax<true>(z, n, rows, of.top, of.a, of.h, d, next, written)
-                         : softmax<false>(z, n, rows, of.top, of.a, of.h, d, next, written);
-        if (c.soft()) add_probabilities(c, row, rows, at, n, of.g_picked, d);
-        for (int i = 0; i < n && c.has_wsum(); ++i) add_weighted<F>(of.g_wsum, nullptr, w ? w + i : nullptr, rows, d[i]);
-        for (int i = 0; i < n && c.softcap != 0; ++i) multiply_slope(z[i], rows, F(c.softcap), d[i]);
-        if (!c.soft()) put(value, n, rows, y, at, d);
-        for (int i = 0; i < n && ignored; ++i) keep(counts, rows, d[i]);
-        if (!side_by_side) {
-            transpose_back<F, T>(d, row, rows, at, n, c.out);
-        } else if constexpr (!std::is_same_v<T, F>) {
-            for (int i = 0; i < n; ++i) store(d[i], rows, c.out.at<T>(row, at + i));
+        const Lanes<F> z{tile, tile_stride(rows)}, d{written_here ? d_buffer : tile, written_here ? 0 : z.stride};
+        if (!read_here) load<T>(c.logits, row, rows, at, n, F(c.scale), F(c.softcap), tile);
+        const Lanes<F> q = c.soft() ? load_probabilities(c, row, rows, at, n, q_tile) : Lanes<F>{};
+        for (int i = 0; i < n; ++i) {
+            if (read_here) prefetch_class<T>(c.logits, row, rows, at + i + 1);
+            const F* z_i = read_here ? scores(c, c.logits.at<T>(row, at + i), rows, z_buffer) : z[i];
+            F* d_i = d[i];
+            if constexpr (std::is_same_v<T, F>)
+                if (written_here) d_i = c.out.at<T>(row, at + i);
+            if (c.softcap != 0 && d_i == z_i) std::memcpy(z_buffer, z_i, size_t(rows) * sizeof(F)), z_i = z_buffer;
+            c.g_entropy.data ? softmax<true>(z_i, rows, of.top, of.a, of.h, d_i) : softmax<false>(z_i, rows, of.top, of.a, of.h, d_i);
+            if (c.soft()) add_weighted(of.g_picked, q[i], w ? w + i : nullptr, rows, d_i);
+            if (c.has_wsum()) add_weighted<F>(of.g_wsum, nullptr, w ? w + i : nullptr, rows, d_i);
+            if (c.softcap != 0) multiply_slope(z_i, rows, F(c.softcap), d_i);
+            if (few) put(of.of_target, own, F(at - begin + i), rows, d_i);
+            if (ignored) keep(counts, rows, d_i);
+            if constexpr (!std::is_same_v<T, F>)
+                if (written_here) store(d_i, rows, c.out.at<T>(row, at + i));
         }
+        if (!written_here) transpose_back<F, T>(d, row, rows, at, n, c.out);
     }
+    if (!c.soft() && !few) put<T>(of.of_target, row, rows, y, begin, end, c.out);
 }
 
 // How many rows are a block. By class: where the classes are far apart in memory, as many as there may be, so that some
@@ -163,6 +159,7 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t begin,
 inline int block(const Call& c, int64_t row, int64_t row_end) {
     const int64_t fitting = SIZE / 2 / (c.C + 1) / LANES * LANES, left = row_end - row, here = c.logits.B - row % c.logits.B;
     int64_t rows = !c.by_class || c.logits.class_stride != 1 || fitting > WIDTH ? WIDTH : fitting < 64 ? 64 : fitting;
+    if (c.by_class && c.out.data && c.C > FEW && together(c.logits, row, RUN) && together(c.out, row, RUN)) rows = RUN;
     if (rows > left) rows = left;
     return int(c.by_class && rows > here && here >= LANES ? here : rows);
 }

@@ -21,6 +21,9 @@ inline double number(const void* data, Type type, int64_t at) {
     return static_cast<const double*>(data)[at];
 }
 
+constexpr int WIDTH = 256;      // rows of a block, at most
+constexpr int RUN = 4 * WIDTH;  // the same of a gradient whose classes are far apart: of each class a page of memory
+
 struct Matrix {  // (A, B, C) with any strides, of a type that the code knows; a row is one of A B, B after B
     void* data;
     int64_t B, outer_stride, row_stride, class_stride;
@@ -87,11 +90,14 @@ struct Call {
     // Statistics: null where they are not wanted.
     std::atomic<bool>* bad;  // whether any target is neither a class nor ignored
     double *top, *lse, *picked, *mass, *wsum, *entropy;
-    float* top32;  // top in half of the memory, where the logits have no more digits
     int64_t* argmax;
+    struct {
+        void *top, *picked;  // z_y itself, in the digits of the arithmetic; null for probabilities
+        Type type;
+    } saved;  // what a loss keeps for its gradient, besides lse
 
     // Gradient.
-    PerRow top_in, lse_in, g_lse, g_picked, g_wsum, g_entropy;
+    PerRow top_in, lse_in, picked_in, g_lse, g_picked, g_wsum, g_entropy;
     Matrix out;
     bool past_caches;                      // `out` is in no cache
     const char *zeros_begin, *zeros_end;  // the part of `out` that holds zeros as it is

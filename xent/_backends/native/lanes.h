@@ -10,6 +10,13 @@
 inline bool in_step(const Matrix& x, int64_t row, int rows) { return row % x.B + rows <= x.B; }
 inline bool together(const Matrix& x, int64_t row, int rows) { return x.row_stride == 1 && in_step(x, row, rows); }
 
+// Of some rows whose numbers lie together: this class is asked for while the one before is worked on.
+template <class T>
+INLINE void prefetch_class(const Matrix& x, int64_t row, int rows, int64_t at) {
+    const char* first = reinterpret_cast<const char*>(x.at<T>(row, at));
+    for (int b = 0; b < rows * int(sizeof(T)); b += 64) PREFETCH(first + b, 3);
+}
+
 template <class F>
 LOOP void raise(Lanes<F> z, int n, int rows, F* top) {
     for (int i = 0; i < n; ++i) {
@@ -57,6 +64,16 @@ LOOP void transpose_back(Lanes<F> d, int64_t row, int rows, int64_t at, int n, c
 #pragma omp simd
         for (int i = 0; i < n; ++i) narrow(d_k[i * stride], out_k[i * class_stride]);
     }
+}
+
+// The logits that count: these themselves where they are that, else `buffer`.
+template <class T, class F>
+INLINE const F* scores(const Call& c, const T* x, int n, F* buffer) {
+    if constexpr (std::is_same_v<T, F>) {
+        if (c.scale == 1 && c.softcap == 0) return x;
+    }
+    c.softcap == 0 ? convert(x, n, F(c.scale), buffer) : convert_capped(x, n, F(c.scale), F(c.softcap), buffer);
+    return buffer;
 }
 
 // The numbers that count, scaled and capped: where they lie, or in the tile. If there is a `top`, it is raised to them.
@@ -109,16 +126,12 @@ struct Ahead {
     }
 };
 
-template <class T>
-INLINE Ahead ahead(const Matrix& x, int64_t row, int rows, int64_t at) {
-    const int64_t size = sizeof(T);
-    return {reinterpret_cast<const char*>(x.at<T>(row, at)), x.class_stride * size, together(x, row, rows) ? int(rows * size) : 0};
-}
-
 // The step that comes next: it begins at class `next`, or is the first one of the next rows.
 template <class T>
 INLINE Ahead next_step(const Matrix& x, int64_t row, int rows, int64_t next, int64_t begin, int64_t end) {
-    return next < end ? ahead<T>(x, row, rows, next) : ahead<T>(x, row + rows, rows, begin);
+    const int64_t size = sizeof(T);
+    if (next == end) row += rows, next = begin;
+    return {reinterpret_cast<const char*>(x.at<T>(row, next)), x.class_stride * size, together(x, row, rows) ? int(rows * size) : 0};
 }
 
 // What was added up in F so far.
@@ -176,16 +189,11 @@ LOOP void add_products(Lanes<F> q, const F* w, Lanes<F> z, int n, int rows, cons
 }
 
 template <bool TILT, class F>
-LOOP void softmax(Lanes<F> z, int n, int rows, const F* top, const F* a, const F* h, Lanes<F> d, Ahead next, Ahead out) {
-    for (int i = 0; i < n; ++i) {
-        next.prefetch(i), out.prefetch(i);
-        const F* z_i = z[i];
-        F* d_i = d[i];
+LOOP void softmax(const F* z, int rows, const F* top, const F* a, const F* h, F* d) {
 #pragma omp simd
-        for (int k = 0; k < rows; ++k) {
-            const F t = z_i[k] - top[k], e = exponential(t);
-            d_i[k] = TILT ? e * (a[k] - h[k] * (t < -1000 ? -1000 : t)) : e * a[k];
-        }
+    for (int k = 0; k < rows; ++k) {
+        const F t = z[k] - top[k], e = exponential(t);
+        d[k] = TILT ? e * (a[k] - h[k] * (t < -1000 ? -1000 : t)) : e * a[k];
     }
 }
 

@@ -22,9 +22,15 @@ char read_formula(Arguments& a, Read& c, ClassNumbers& row_weight) {
     return is(0, "none") ? 'n' : is(0, "mean") ? 'm' : 's';
 }
 
-// What the gradient needs of the statistics, as a count of doubles: lse, of probabilities mass, and top in the type of the
-// arithmetic.
-int64_t numbers_of(const Read& c) { return c.N * (1 + c.soft()) + (c.doubles() ? c.N : (c.N + 1) / 2); }
+// What the gradient needs of the statistics, as doubles: lse, of probabilities mass, and in the type of the arithmetic top
+// and, of indices, the targets' scores.
+struct Numbers {
+    int64_t top, picked, count;
+    explicit Numbers(const Read& c) {
+        const int64_t each = c.doubles() ? c.N : (c.N + 1) / 2;
+        top = c.N * (1 + c.soft()), picked = top + each, count = picked + (c.soft() ? 0 : each);
+    }
+};
 
 // (..., normalizer, and memory: numbers, value). What the gradient needs of the statistics goes to `numbers`, and the losses
 // of the rows to `value`, or their sum over a divisor: the normalizer or, of a mean, the number of rows or the sum of their
@@ -38,14 +44,13 @@ PyObject* py_losses(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyObject* const normalizer = a.object();
     double divisor = Arguments::number(normalizer, 1);
     const bool mean = reduction == 'm' && normalizer == Py_None, each = reduction == 'n';
-    c.lse = results<double>(a.tensor("numbers"), numbers_of(c), FLOAT64);
+    const Numbers at(c);
+    c.lse = results<double>(a.tensor("numbers"), at.count, FLOAT64);
     const Tensor value = a.tensor("value");
     results<char>(value, each ? c.N : 1, value.type);
     if (PyErr_Occurred()) return nullptr;
     if (!c.fits) return Py_NewRef(Py_NotImplemented);
-    double* const top = c.lse + c.N * (1 + c.soft());
-    if (c.doubles()) c.top = top;
-    if (!c.doubles()) c.top32 = reinterpret_cast<float*>(top);
+    c.saved = {c.lse + at.top, c.soft() ? nullptr : c.lse + at.picked, c.doubles() ? FLOAT64 : FLOAT32};
     c.mass = c.soft() ? c.lse + c.N : nullptr;
     if (each) c.formula.losses = value.data(), c.formula.losses_type = value.type;
     c.bad = &c.bad_target;
@@ -76,9 +81,12 @@ PyObject* py_losses_gradient(PyObject*, PyObject* const* args, Py_ssize_t count)
     ClassNumbers row_weight;
     if (wrong_count(count, 12) || !read_call(a, c)) return nullptr;
     read_formula(a, c, row_weight);
-    const double* numbers = results<double>(a.tensor("numbers"), numbers_of(c), FLOAT64);
+    const Numbers at(c);
+    const Type type = c.doubles() ? FLOAT64 : FLOAT32;
+    const double* numbers = results<double>(a.tensor("numbers"), at.count, FLOAT64);
     c.lse_in = side_by_side(numbers, FLOAT64, c.N), c.formula.mass = side_by_side(numbers + c.N, FLOAT64, c.N);
-    c.top_in = side_by_side(numbers + c.N * (1 + c.soft()), c.doubles() ? FLOAT64 : FLOAT32, c.N);
+    c.top_in = side_by_side(numbers + at.top, type, c.N);
+    if (!c.soft()) c.picked_in = side_by_side(numbers + at.picked, type, c.N);
     const Tensor g = a.tensor("g");
     c.formula.g = per_row(c, g);
     c.formula.divisor = a.real();

@@ -10,6 +10,13 @@ struct Totals {  // the sums of each row, in terms of its top so far: see `Found
     int64_t argmax[WIDTH];
 };
 
+// What the next block reads or writes for each row is asked for while this one is worked on: the processor sees too late
+// how these short pieces of memory go on.
+template <class T>
+INLINE void prefetch_next(const T* numbers, int rows) {
+    for (int k = 0; k < rows; k += int(64 / sizeof(T))) PREFETCH(numbers + rows + k, 3);
+}
+
 // The targets of a block, as y - start; IGNORED where a row does not count, and for probabilities 0. One that is no class
 // is reported. It is nowhere among the classes that are read. Returns whether any row is left out.
 LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
@@ -19,6 +26,7 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
     }
     const auto read = [&](const auto* first) {
         const int64_t stride = c.target.row_stride;
+        if (stride == 1) prefetch_next(first, rows);
         for (int k = 0; k < rows && stride == 1; ++k) y[k] = first[k];
         for (int k = 0; k < rows && stride != 1; ++k) y[k] = first[k * stride];
     };
@@ -85,6 +93,7 @@ LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, 
 
 LOOP void write(const double* x, int64_t row, int rows, Type type, void* out) {
     const auto as = [&](auto* first) {
+        prefetch_next(first + row, rows);
         for (int k = 0; k < rows; ++k) narrow(decltype(widen(*first))(x[k]), first[row + k]);
     };
     if (type == FLOAT32) as(static_cast<float*>(out));
@@ -111,6 +120,7 @@ LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const
     double log_sum[WIDTH], own[WIDTH], top[WIDTH];
     logarithms(all.sum, rows, log_sum);
     double *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
+    prefetch_next(lse, rows);
     const uint64_t C = uint64_t(c.C);
     const bool soft = c.soft();
 #pragma omp simd
@@ -120,7 +130,8 @@ LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const
         lse[k] = y[k] == IGNORED ? 0 : log_sum[k];
     }
     for (int k = 0; k < rows && c.top; ++k) c.top[row + k] = top[k];
-    for (int k = 0; k < rows && c.top32; ++k) c.top32[row + k] = float(top[k]);
+    if (c.saved.top) write(top, row, rows, c.saved.type, c.saved.top);
+    if (c.saved.picked) write(all.picked, row, rows, c.saved.type, c.saved.picked);
     if (soft) std::memcpy(picked, all.picked, size_t(rows) * sizeof *picked);
     for (int k = 0; k < rows && !soft; ++k) {
         const double score = all.picked[k] - top[k];
@@ -155,14 +166,20 @@ LOOP void finish_parts(const Call& c) {  // of all rows, which are few
 // p (g - e log p) = e^t (a - h t) with t = z - top, and lse in the two factors of the row, which are taken in double.
 template <class F>
 struct Factors {
-    F top[WIDTH], a[WIDTH], h[WIDTH], g_picked[WIDTH], g_wsum[WIDTH];
+    F top[RUN], a[RUN], h[RUN], g_picked[RUN], g_wsum[RUN];
+    F of_target[RUN];  // the gradient at the target
+};
+
+struct Upstream {  // what flows back to some of these rows
     double lse[WIDTH], g_lse[WIDTH], g_target[WIDTH], g_sum[WIDTH];
 };
 
 template <class T, class F>
 LOOP void read(const T* first, int64_t step, int rows, F* out) {
+    if (step == 1) prefetch_next(first, rows);
+    for (int k = 0; k < rows && step == 0; ++k) out[k] = F(*first);
     for (int k = 0; k < rows && step == 1; ++k) out[k] = F(first[k]);
-    for (int k = 0; k < rows && step != 1; ++k) out[k] = F(first[k * step]);
+    for (int k = 0; k < rows && step > 1; ++k) out[k] = F(first[k * step]);
 }
 
 template <class F>
@@ -175,7 +192,7 @@ LOOP void read(const PerRow& x, int64_t row, int rows, F* out) {
 
 // The derivatives of the sum of g loss / divisor, as `row_upstream` of `_rows/objective.py` has them.
 template <class F>
-LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t* y, Factors<F>& of) {
+LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t* y, const F* top, Upstream& of) {
     const Formula& f = c.formula;
     const double eps = f.eps / double(c.C), divisor = f.divisor;
     const bool soft = c.soft();
@@ -192,54 +209,75 @@ LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t
     }
     for (int k = 0; k < rows && eps > 0; ++k) of.g_sum[k] = -(share[k] * eps), more[k] = share[k] * eps * f.weight_sum;
     if (eps > 0) add(more, rows, of.g_lse);
-    for (int k = 0; k < rows && f.z_loss != 0; ++k) more[k] = share[k] * (2 * f.z_loss) * (double(of.top[k]) + of.lse[k]);
+    for (int k = 0; k < rows && f.z_loss != 0; ++k) more[k] = share[k] * (2 * f.z_loss) * (double(top[k]) + of.lse[k]);
     if (f.z_loss != 0) add(more, rows, of.g_lse);
 }
 
-template <class F>
-LOOP void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, Factors<F>& of) {
-    double factor[WIDTH], g_entropy[WIDTH];
-    read(c.lse_in, row, rows, of.lse);
-    read(c.top_in, row, rows, of.top);
-    if (c.formula.wanted) upstream_of_losses(c, row, rows, y, of);
-    if (c.g_lse.data) read(c.g_lse, row, rows, of.g_lse);
-    if (c.g_picked.data) read(c.g_picked, row, rows, of.g_target);
-    if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);
-    if (c.g_wsum.data) read(c.g_wsum, row, rows, of.g_sum);
-    const double scale = c.scale;
-#pragma omp simd
-    for (int k = 0; k < rows; ++k) {
-        const double minus = -of.lse[k];  // at most 0, for the largest of all terms is 1; inf gives NaN
-        factor[k] = exponential(exp_parts<F>(minus)) * scale;
-        of.a[k] = F(of.g_lse[k] * factor[k]);
-    }
-    for (int k = 0; k < rows && c.soft(); ++k) of.g_picked[k] = F(of.g_target[k] * scale);
-    for (int k = 0; k < rows && c.g_entropy.data; ++k) {
-        of.a[k] = F((of.g_lse[k] + g_entropy[k] * of.lse[k]) * factor[k]);
-        of.h[k] = F(g_entropy[k] * factor[k]);
-    }
-    for (int k = 0; k < rows && c.has_wsum(); ++k) of.g_wsum[k] = F(of.g_sum[k] * scale);
+// The scores of the targets among the classes from `begin` to `end`, 0 of one that is elsewhere: as they were saved, or
+// looked up in memory that no cache holds yet.
+template <class T, class F>
+LOOP void scores_of_targets(const Call& c, int64_t row, int rows, const int64_t* y, int64_t begin, int64_t end, F* z_y) {
+    if (c.picked_in.data) return read(c.picked_in, row, rows, z_y);
+    for (int k = 0; k < rows; ++k) z_y[k] = begin <= y[k] && y[k] < end ? F(widen(*c.logits.at<T>(row + k, y[k]))) : 0;
+    c.softcap == 0 ? convert(z_y, rows, F(c.scale), z_y) : convert_capped(z_y, rows, F(c.scale), F(c.softcap), z_y);
 }
 
-// The gradient at the targets, whose scores are z_y: in double, since p - 1 may be tiny, and rounded once.
+// In double, since p - 1 may be tiny, and rounded once.
 template <class F>
-LOOP void entries_of_targets(const Call& c, int64_t row, int rows, const int64_t* y, const F* z_y, const Factors<F>& of, F* value) {
+LOOP void entries_of_targets(const Call& c, int64_t row, int rows, const int64_t* y, const F* z_y, const F* top, const Upstream& up, F* entry) {
     const F* w = static_cast<const F*>(c.weight);
     double t[WIDTH], less_one[WIDTH], more[WIDTH];
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
-        t[k] = double(z_y[k]) - double(of.top[k]) - of.lse[k];
+        t[k] = double(z_y[k]) - double(top[k]) - up.lse[k];
         less_one[k] = exponential_less_one(exp_parts<F>(t[k]));
-        more[k] = of.g_lse[k] + of.g_target[k];
+        more[k] = up.g_lse[k] + up.g_target[k];
     }
     for (int k = 0; k < rows && c.has_wsum(); ++k)
-        if (0 <= y[k] && y[k] < c.C) more[k] += of.g_sum[k] * (w ? double(w[y[k]]) : 1);
+        if (0 <= y[k] && y[k] < c.C) more[k] += up.g_sum[k] * (w ? double(w[y[k]]) : 1);
     for (int k = 0; k < rows && c.g_entropy.data; ++k)
         more[k] -= t[k] < -1000 ? 0 : (1 + less_one[k]) * c.g_entropy[row + k] * t[k];
     const double scale = c.scale, softcap = c.softcap;
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
         const double u = softcap == 0 ? 0 : double(z_y[k]) / softcap;
-        value[k] = F((of.g_lse[k] * less_one[k] + more[k]) * scale * (1 - u * u));
+        entry[k] = F((up.g_lse[k] * less_one[k] + more[k]) * scale * (1 - u * u));
     }
+}
+
+// Of at most WIDTH rows, the `first` and later ones of a block.
+template <class T, class F>
+LOOP void factors_of_some(const Call& c, int64_t row, int rows, const int64_t* y, int64_t begin, int64_t end, int first, Factors<F>& of) {
+    double factor[WIDTH], g_entropy[WIDTH];
+    F z_y[WIDTH], *top = of.top + first, *a = of.a + first;
+    Upstream up;
+    read(c.lse_in, row, rows, up.lse);
+    read(c.top_in, row, rows, top);
+    if (c.formula.wanted) upstream_of_losses(c, row, rows, y, top, up);
+    if (c.g_lse.data) read(c.g_lse, row, rows, up.g_lse);
+    if (c.g_picked.data) read(c.g_picked, row, rows, up.g_target);
+    if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);
+    if (c.g_wsum.data) read(c.g_wsum, row, rows, up.g_sum);
+    const double scale = c.scale;
+#pragma omp simd
+    for (int k = 0; k < rows; ++k) {
+        const double minus = -up.lse[k];  // at most 0, for the largest of all terms is 1; inf gives NaN
+        factor[k] = exponential(exp_parts<F>(minus)) * scale;
+        a[k] = F(up.g_lse[k] * factor[k]);
+    }
+    for (int k = 0; k < rows && c.soft(); ++k) of.g_picked[first + k] = F(up.g_target[k] * scale);
+    for (int k = 0; k < rows && c.g_entropy.data; ++k) {
+        a[k] = F((up.g_lse[k] + g_entropy[k] * up.lse[k]) * factor[k]);
+        of.h[first + k] = F(g_entropy[k] * factor[k]);
+    }
+    for (int k = 0; k < rows && c.has_wsum(); ++k) of.g_wsum[first + k] = F(up.g_sum[k] * scale);
+    if (c.soft()) return;
+    scores_of_targets<T>(c, row, rows, y, begin, end, z_y);
+    entries_of_targets(c, row, rows, y, z_y, top, up, of.of_target + first);
+}
+
+template <class T, class F>
+INLINE void factors_of(const Call& c, int64_t row, int rows, const int64_t* y, int64_t begin, int64_t end, Factors<F>& of) {
+    for (int k = 0; k < rows; k += WIDTH)
+        factors_of_some<T>(c, row + k, rows - k < WIDTH ? rows - k : WIDTH, y + k, begin, end, k, of);
 }

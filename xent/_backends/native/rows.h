@@ -24,16 +24,6 @@ using Compute = decltype(widen(T{}));
 
 // ------------------------------------------------------------------------------------------------- pieces
 
-// The logits that count: the row itself where it is that, else `buffer`.
-template <class T, class F>
-INLINE const F* scores(const Call& c, const T* x, int n, F* buffer) {
-    if constexpr (std::is_same_v<T, F>) {
-        if (c.scale == 1 && c.softcap == 0) return x;
-    }
-    c.softcap == 0 ? convert(x, n, F(c.scale), buffer) : convert_capped(x, n, F(c.scale), F(c.softcap), buffer);
-    return buffer;
-}
-
 template <class T, class F>
 INLINE const F* converted(const Matrix& x, int64_t row, int64_t at, int n, F* buffer) {
     T t_buffer[PIECE];
@@ -156,13 +146,9 @@ template <class T>
 LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, int64_t end) {
     using F = Compute<T>;
     int64_t y[WIDTH];
-    F z_y[WIDTH], value[WIDTH];
     Factors<F> of;
     targets_of(c, row, rows, y);
-    factors_of(c, row, rows, y, of);
-    for (int k = 0; k < rows; ++k) z_y[k] = begin <= y[k] && y[k] < end ? F(widen(*c.logits.at<T>(row + k, y[k]))) : 0;
-    c.softcap == 0 ? convert(z_y, rows, F(c.scale), z_y) : convert_capped(z_y, rows, F(c.scale), F(c.softcap), z_y);
-    if (!c.soft()) entries_of_targets(c, row, rows, y, z_y, of, value);
+    factors_of<T>(c, row, rows, y, begin, end, of);
     SumsOfEquals sums(c.picks_candidates() ? c.candidates.K : 0);
     if (c.picks_candidates() && !sums.entries) return void(*c.no_memory = true);
     for (int k = 0; k < rows; ++k) {
@@ -174,7 +160,7 @@ LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, i
         if (sums.entries) pick_rows<T>(c, row + k, row + k + 1);
         for (int64_t at = begin; at < end; at += PIECE) gradient_piece<T>(c, row, k, at, piece(end - at), of);
         if (sums.entries) put_rows<T>(c, row + k, row + k + 1, sums);
-        if (!c.soft() && begin <= y[k] && y[k] < end) narrow(value[k], *c.out.at<T>(row + k, y[k]));
+        if (!c.soft() && begin <= y[k] && y[k] < end) narrow(of.of_target[k], *c.out.at<T>(row + k, y[k]));
     }
 }
 

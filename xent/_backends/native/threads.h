@@ -65,9 +65,9 @@ inline void cut(Call& c) {
     const bool side_by_side = c.logits.class_stride == 1 && (!c.out.data || c.out.class_stride == 1);
     c.by_class = !side_by_side || (c.N >= FEW_ROWS && c.C <= (c.out.data ? SHORT_GRADIENT : SHORT));
     c.rows_per_task = TASK / (c.C + 1) + 1;
-    const int64_t tasks = c.N / c.rows_per_task + 1;
+    const int64_t tasks = c.N / c.rows_per_task + 1, whole = c.out.data && c.logits.class_stride != 1 && c.N >= 8 * RUN ? RUN : WIDTH;
     if (c.by_class)
-        c.rows_per_task = (c.rows_per_task + 255) / 256 * 256;
+        c.rows_per_task = (c.rows_per_task + whole - 1) / whole * whole;
     else if (tasks > 1)
         c.rows_per_task = c.N / ((tasks + 3) / 4 * 4) + 1;  // an equal number of equal tasks for each thread
     c.classes_per_task = c.N > FEW_ROWS ? c.C + 1 : (c.C / TASK / MOST_PARTS + 1) * TASK;

@@ -1,7 +1,6 @@
 // Blocks of rows as lanes.h takes them: the numbers of one class of many rows side by side, in a tile that stays in the
 // cache. Where the classes of a row lie side by side in memory, they are transposed in registers, SIDE by SIDE numbers.
 
-constexpr int WIDTH = 256;      // rows of a block, at most
 constexpr int SIZE = 1 << 14;   // numbers of a tile, which stays in the cache; at least 64 classes of a whole block
 constexpr int EXACT = 32;       // classes that are added up in F
 
