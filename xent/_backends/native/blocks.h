@@ -70,7 +70,7 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
     int64_t y[WIDTH];
     Totals<F> all;
     clear(c, rows, all);
-    targets_of(c, row, rows, y);
+    all.ignored = targets_of(c, row, rows, y);
     for (int k = 0; k < rows; ++k) all.top[k] = largest[k] = -F(INF);
     const int step = classes_of_step(rows, end - begin);
     for (int64_t at = begin; at < end; at += step) {
@@ -121,8 +121,8 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t begin,
     F tile[SIZE], q_tile[SIZE], z_buffer[RUN], d_buffer[RUN], own[RUN], counts[RUN];
     int64_t y[RUN];
     Factors<F> of;
-    const bool ignored = targets_of(c, row, rows, y);
-    for (int k = 0; k < rows && ignored; ++k) counts[k] = y[k] == IGNORED ? 0 : 1;
+    of.ignored = targets_of(c, row, rows, y);
+    for (int k = 0; k < rows && of.ignored; ++k) counts[k] = y[k] == IGNORED ? 0 : 1;
     factors_of<T>(c, row, rows, y, begin, end, of);
     const bool read_here = together(c.logits, row, rows), written_here = together(c.out, row, rows), few = !c.soft() && end - begin <= FEW;
     if (few) differences(y, begin, rows, own);
@@ -145,7 +145,7 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t begin,
             if (c.has_wsum()) add_weighted<F>(of.g_wsum, nullptr, w ? w + i : nullptr, rows, d_i);
             if (c.softcap != 0) multiply_slope(z_i, rows, F(c.softcap), d_i);
             if (few) put(of.of_target, own, F(at - begin + i), rows, d_i);
-            if (ignored) keep(counts, rows, d_i);
+            if (of.ignored) keep(counts, rows, d_i);
             if constexpr (!std::is_same_v<T, F>)
                 if (written_here) store(d_i, rows, c.out.at<T>(row, at + i));
         }

@@ -8,6 +8,7 @@ struct Totals {  // the sums of each row, in terms of its top so far: see `Found
     F top[WIDTH];
     double sum[WIDTH], tilt[WIDTH], picked[WIDTH], mass[WIDTH], wsum[WIDTH], weights[WIDTH];
     int64_t argmax[WIDTH];
+    bool ignored;  // any of them
 };
 
 // What the next block reads or writes for each row is asked for while this one is worked on: the processor sees too late
@@ -52,9 +53,10 @@ LOOP bool targets_of(const Call& c, int64_t row, int rows, int64_t* y) {
 }
 
 // The weights of the rows of a loss: 0 where a row does not count, and 1 where there are none.
-LOOP void weights_of(const Call& c, int rows, const int64_t* y, double* w) {
+LOOP void weights_of(const Call& c, int rows, const int64_t* y, bool ignored, double* w) {
     const double* row_weight = c.formula.row_weight;
-    for (int k = 0; k < rows; ++k) w[k] = y[k] != IGNORED;
+    for (int k = 0; k < rows && !ignored; ++k) w[k] = 1;
+    for (int k = 0; k < rows && ignored; ++k) w[k] = y[k] != IGNORED;
     for (int k = 0; k < rows && row_weight; ++k) {
         const bool here = 0 <= y[k] && y[k] < c.C;
         const double weight = row_weight[here ? y[k] : 0];  // no branch, since some may be elsewhere
@@ -105,38 +107,39 @@ LOOP void write(const double* x, int64_t row, int rows, Type type, void* out) {
 template <class F>
 LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* top,
                      const double* picked) {
-    double loss[WIDTH], w[WIDTH], sum = 0, weight = 0, count = 0;
-    weights_of(c, rows, y, w);
+    double loss[WIDTH], w[WIDTH], sum = 0, weight = 0;
+    int64_t left_out = 0;
+    weights_of(c, rows, y, all.ignored, w);
     losses_of(c, row, rows, all, y, top, picked, w, loss);
     if (c.formula.losses) write(loss, row, rows, c.formula.losses_type, c.formula.losses);
-#pragma omp simd reduction(+ : sum, weight, count)
-    for (int k = 0; k < rows; ++k) sum += loss[k], weight += w[k], count += y[k] != IGNORED;
+#pragma omp simd reduction(+ : sum, weight)
+    for (int k = 0; k < rows; ++k) sum += loss[k], weight += w[k];
+    for (int k = 0; k < rows && all.ignored; ++k) left_out += y[k] == IGNORED;
     Formula::Sums& sums = c.formula.sums[task];
-    sums.loss += sum, sums.weight += weight, sums.rows += int64_t(count);
+    sums.loss += sum, sums.weight += weight, sums.rows += rows - left_out;
 }
 
 template <class F>
 LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y) {
     double log_sum[WIDTH], own[WIDTH], top[WIDTH];
-    logarithms(all.sum, rows, log_sum);
     double *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
     prefetch_next(lse, rows);
+    logarithms(all.sum, rows, log_sum);
     const uint64_t C = uint64_t(c.C);
     const bool soft = c.soft();
 #pragma omp simd
     for (int k = 0; k < rows; ++k) {
-        const double found = all.top[k], finite = y[k] == IGNORED || found - found != 0 ? 0 : found;
-        top[k] = finite;
-        lse[k] = y[k] == IGNORED ? 0 : log_sum[k];
+        const double found = all.top[k];
+        top[k] = found - found == 0 ? found : 0;
+        lse[k] = log_sum[k];
     }
+    for (int k = 0; k < rows && all.ignored; ++k) top[k] = y[k] == IGNORED ? 0 : top[k], lse[k] = y[k] == IGNORED ? 0 : lse[k];
     for (int k = 0; k < rows && c.top; ++k) c.top[row + k] = top[k];
     if (c.saved.top) write(top, row, rows, c.saved.type, c.saved.top);
     if (c.saved.picked) write(all.picked, row, rows, c.saved.type, c.saved.picked);
     if (soft) std::memcpy(picked, all.picked, size_t(rows) * sizeof *picked);
-    for (int k = 0; k < rows && !soft; ++k) {
-        const double score = all.picked[k] - top[k];
-        picked[k] = uint64_t(y[k]) < C ? score : 0;
-    }
+    for (int k = 0; k < rows && !soft; ++k) picked[k] = all.picked[k] - top[k];
+    for (int k = 0; k < rows && !soft && (all.ignored || c.classes > c.C); ++k) picked[k] = uint64_t(y[k]) < C ? picked[k] : 0;
     for (int k = 0; k < rows && c.mass; ++k) c.mass[row + k] = all.mass[k];
     for (int k = 0; k < rows && c.wsum; ++k) c.wsum[row + k] = y[k] == IGNORED ? 0 : all.wsum[k];
     for (int k = 0; k < rows && c.entropy; ++k)  // -sum p (t - log sum)
@@ -154,7 +157,7 @@ INLINE void put_found(const Found& found, int k, Totals<F>& all) {
 LOOP void finish_parts(const Call& c) {  // of all rows, which are few
     int64_t y[WIDTH];
     Totals<double> all;
-    targets_of(c, 0, int(c.N), y);
+    all.ignored = targets_of(c, 0, int(c.N), y);
     for (int row = 0; row < c.N; ++row) {
         Found found = c.found[row * c.parts];
         for (int64_t part = 1; part < c.parts; ++part) merge(found, c.found[row * c.parts + part]);
@@ -168,6 +171,7 @@ template <class F>
 struct Factors {
     F top[RUN], a[RUN], h[RUN], g_picked[RUN], g_wsum[RUN];
     F of_target[RUN];  // the gradient at the target
+    bool ignored;      // any row
 };
 
 struct Upstream {  // what flows back to some of these rows
@@ -192,13 +196,13 @@ LOOP void read(const PerRow& x, int64_t row, int rows, F* out) {
 
 // The derivatives of the sum of g loss / divisor, as `row_upstream` of `_rows/objective.py` has them.
 template <class F>
-LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t* y, const F* top, Upstream& of) {
+LOOP void upstream_of_losses(const Call& c, int64_t row, int rows, const int64_t* y, bool ignored, const F* top, Upstream& of) {
     const Formula& f = c.formula;
     const double eps = f.eps / double(c.C), divisor = f.divisor;
     const bool soft = c.soft();
     double share[WIDTH], w[WIDTH], more[WIDTH];
     more[0] = 0;  // as above
-    weights_of(c, rows, y, w);
+    weights_of(c, rows, y, ignored, w);
     read(f.g, row, rows, share);
     if (soft) read(f.mass, row, rows, w);
     for (int k = 0; k < rows && divisor != 1; ++k) share[k] /= divisor;
@@ -253,7 +257,7 @@ LOOP void factors_of_some(const Call& c, int64_t row, int rows, const int64_t* y
     Upstream up;
     read(c.lse_in, row, rows, up.lse);
     read(c.top_in, row, rows, top);
-    if (c.formula.wanted) upstream_of_losses(c, row, rows, y, top, up);
+    if (c.formula.wanted) upstream_of_losses(c, row, rows, y, of.ignored, top, up);
     if (c.g_lse.data) read(c.g_lse, row, rows, up.g_lse);
     if (c.g_picked.data) read(c.g_picked, row, rows, up.g_target);
     if (c.g_entropy.data) read(c.g_entropy, row, rows, g_entropy);

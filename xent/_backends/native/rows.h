@@ -121,7 +121,7 @@ LOOP void statistics_by_row(const Call& c, int64_t task, int64_t row, int rows, 
     using F = Compute<T>;
     int64_t y[WIDTH];
     Totals<F> all;
-    targets_of(c, row, rows, y);
+    all.ignored = targets_of(c, row, rows, y);
     for (int k = 0; k < rows; ++k) {
         const Found found = y[k] == IGNORED ? Found() : scan<T>(c, row + k, y[k], at, end);
         if (c.parts > 1) return void(c.found[task] = found);
@@ -147,7 +147,7 @@ LOOP void gradient_by_row(const Call& c, int64_t row, int rows, int64_t begin, i
     using F = Compute<T>;
     int64_t y[WIDTH];
     Factors<F> of;
-    targets_of(c, row, rows, y);
+    of.ignored = targets_of(c, row, rows, y);
     factors_of<T>(c, row, rows, y, begin, end, of);
     SumsOfEquals sums(c.picks_candidates() ? c.candidates.K : 0);
     if (c.picks_candidates() && !sums.entries) return void(*c.no_memory = true);
