@@ -33,21 +33,22 @@ _BEYOND = ~_key_set(_PLAIN_NAMES)
 _MODE = _key_set(["Python", "PythonTLSSnapshot"])  # a TorchDispatchMode is active
 _ModeKey = torch._C._TorchDispatchModeKey
 _keys_of_one, _keys_of_this_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+_is_subclass_like = torch._C._dispatch_isTensorSubclassLike  # in a mode, every tensor is
+_transform, _jit_trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _TRACERS = (_ModeKey.FAKE, _ModeKey.PROXY, _ModeKey.FUNCTIONAL)
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether a mode, transform, tracer, subclass or batching stands between an operator on these tensors and memory.
 
-    Each of them announces itself to the dispatcher by a key of its own, so one that is new is seen, too.
+    torch's own question, of each tensor and of modes; not by their keys, which take ten times as long to read.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _transform() is not None or _jit_trace() is not None:
         return True
-    keys = _keys_of_this_thread().raw_repr()
     for tensor in tensors:
-        if tensor is not None:
-            keys |= _keys_of_one(tensor).raw_repr()
-    return keys & _BEYOND != 0
+        if tensor is not None and (_is_subclass_like(tensor) or tensor.is_neg() or tensor._is_zerotensor()):
+            return True  # the last two: not as it lies in memory, and without any
+    return False
 
 
 def is_traced(*tensors: Tensor | None) -> bool:

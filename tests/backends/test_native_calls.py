@@ -168,6 +168,16 @@ def test_a_loss_of_numbers_that_are_yet_to_be_negated() -> None:
         assert grads[0].equal(grads[1])
 
 
+def test_zeros_without_memory() -> None:
+    """torch's zero tensors, which forward mode makes: as the logits, a class weight, and as what flows back."""
+    zeros = torch._efficientzerotensor
+    leaf, weight = x.clone().requires_grad_(), zeros(5)
+    assert xent.cross_entropy(zeros(4, 5), y).equal(xent.cross_entropy(torch.zeros(4, 5), y))
+    assert xent.cross_entropy(leaf, y, weight=weight, reduction="sum") == 0
+    (grad,) = torch.autograd.grad(xent.cross_entropy(leaf, y, reduction="none"), leaf, zeros(4))
+    assert not grad.any()
+
+
 def test_dtypes_that_no_logits_have() -> None:
     """Of the loss, and so of what flows back, and of class weights."""
     kind, leaf = torch.float8_e5m2, x.clone().requires_grad_()
