@@ -66,12 +66,12 @@ LOOP void pick(Lanes<F> z, int n, int rows, const int64_t* y, int64_t at, F* pic
 template <class T>
 LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows, int64_t begin, int64_t end) {
     using F = Compute<T>;
-    F tile[SIZE], before[WIDTH], base[WIDTH], largest[WIDTH], z_y[WIDTH] = {};
+    F tile[SIZE], before[WIDTH], base[WIDTH], largest[WIDTH];
     int64_t y[WIDTH];
     Totals<F> all;
     clear(c, rows, all);
     all.ignored = targets_of(c, row, rows, y);
-    for (int k = 0; k < rows; ++k) all.top[k] = largest[k] = -F(INF);
+    for (int k = 0; k < rows; ++k) all.top[k] = largest[k] = -F(INF), all.z_y[k] = 0;
     const int step = classes_of_step(rows, end - begin);
     for (int64_t at = begin; at < end; at += step) {
         const int n = end - at < step ? int(end - at) : step;
@@ -87,12 +87,12 @@ LOOP void statistics_by_class(const Call& c, int64_t task, int64_t row, int rows
         for (int k = 0; k < rows && (c.has_wsum() || c.soft()); ++k) base[k] = std::isfinite(base[k]) ? base[k] : 0;
         if (c.has_wsum()) add_products<F>({}, w, z, n, rows, base, all.weights, all.wsum);
         if (c.soft()) add_probabilities(c, z, row, rows, at, n, base, all);
-        if (!c.soft()) pick(z, n, rows, y, at, z_y);
+        if (!c.soft()) pick(z, n, rows, y, at, all.z_y);
     }
-    for (int k = 0; k < rows && !c.soft(); ++k) all.picked[k] = z_y[k];
     if (c.parts == 1) return finish_block(c, task, row, rows, all, y);
     const F top = c.argmax ? largest[0] : all.top[0];  // a part of one row
-    c.found[task] = {top, all.sum[0], all.tilt[0], all.picked[0], all.mass[0], all.wsum[0], all.weights[0], all.argmax[0]};
+    const double picked = c.soft() ? all.picked[0] : all.z_y[0];
+    c.found[task] = {top, all.sum[0], all.tilt[0], picked, all.mass[0], all.wsum[0], all.weights[0], all.argmax[0]};
 }
 
 template <class F>

@@ -5,7 +5,7 @@ constexpr int64_t IGNORED = std::numeric_limits<int64_t>::min();
 
 template <class F>
 struct Totals {  // the sums of each row, in terms of its top so far: see `Found`
-    F top[WIDTH];
+    F top[WIDTH], z_y[WIDTH];  // z_y: of index targets, 0 where it is elsewhere
     double sum[WIDTH], tilt[WIDTH], picked[WIDTH], mass[WIDTH], wsum[WIDTH], weights[WIDTH];
     int64_t argmax[WIDTH];
     bool ignored;  // any of them
@@ -71,8 +71,8 @@ LOOP void add(const double* x, int n, double* out) {
 }
 
 template <class F>
-LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* top,
-                    const double* picked, const double* w, double* loss) {
+LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* picked,
+                    const double* w, double* loss) {
     const Formula& f = c.formula;
     const double *lse = c.lse + row, kept = 1 - f.eps, share = f.eps / double(c.C);
     const bool soft = c.soft(), gone = soft && f.eps == 1;  // of a q that is gone, not even 0 * inf
@@ -89,11 +89,12 @@ LOOP void losses_of(const Call& c, int64_t row, int rows, const Totals<F>& all, 
         for (int k = 0; k < rows; ++k) smooth[k] *= share, loss[k] = gone ? 0 : kept * loss[k];
         add(smooth, rows, loss);
     }
-    for (int k = 0; k < rows && f.z_loss != 0; ++k) minus[k] = f.z_loss * ((top[k] + lse[k]) * (top[k] + lse[k]));
+    for (int k = 0; k < rows && f.z_loss != 0; ++k) minus[k] = f.z_loss * ((all.top[k] + lse[k]) * (all.top[k] + lse[k]));
     if (f.z_loss != 0) add(minus, rows, loss);
 }
 
-LOOP void write(const double* x, int64_t row, int rows, Type type, void* out) {
+template <class F>
+LOOP void write(const F* x, int64_t row, int rows, Type type, void* out) {
     const auto as = [&](auto* first) {
         prefetch_next(first + row, rows);
         for (int k = 0; k < rows; ++k) narrow(decltype(widen(*first))(x[k]), first[row + k]);
@@ -105,52 +106,51 @@ LOOP void write(const double* x, int64_t row, int rows, Type type, void* out) {
 }
 
 template <class F>
-LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* top,
-                     const double* picked) {
+LOOP void add_losses(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y, const double* picked) {
     double loss[WIDTH], w[WIDTH], sum = 0, weight = 0;
     int64_t left_out = 0;
-    weights_of(c, rows, y, all.ignored, w);
-    losses_of(c, row, rows, all, y, top, picked, w, loss);
+    const bool weighted = c.formula.row_weight;
+    if (weighted) weights_of(c, rows, y, all.ignored, w);
+    losses_of(c, row, rows, all, y, picked, w, loss);
     if (c.formula.losses) write(loss, row, rows, c.formula.losses_type, c.formula.losses);
-#pragma omp simd reduction(+ : sum, weight)
-    for (int k = 0; k < rows; ++k) sum += loss[k], weight += w[k];
+#pragma omp simd reduction(+ : sum)
+    for (int k = 0; k < rows; ++k) sum += loss[k];
+#pragma omp simd reduction(+ : weight)
+    for (int k = 0; k < (weighted ? rows : 0); ++k) weight += w[k];
     for (int k = 0; k < rows && all.ignored; ++k) left_out += y[k] == IGNORED;
     Formula::Sums& sums = c.formula.sums[task];
     sums.loss += sum, sums.weight += weight, sums.rows += rows - left_out;
 }
 
 template <class F>
-LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, const Totals<F>& all, const int64_t* y) {
-    double log_sum[WIDTH], own[WIDTH], top[WIDTH];
-    double *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
+LOOP void finish_block(const Call& c, int64_t task, int64_t row, int rows, Totals<F>& all, const int64_t* y) {
+    double own[WIDTH], *lse = c.lse + row, *picked = c.picked ? c.picked + row : own;
     prefetch_next(lse, rows);
-    logarithms(all.sum, rows, log_sum);
-    const uint64_t C = uint64_t(c.C);
+    logarithms(all.sum, rows, lse);
     const bool soft = c.soft();
+    F* top = all.top;
 #pragma omp simd
-    for (int k = 0; k < rows; ++k) {
-        const double found = all.top[k];
-        top[k] = found - found == 0 ? found : 0;
-        lse[k] = log_sum[k];
-    }
+    for (int k = 0; k < rows; ++k) top[k] = top[k] - top[k] == 0 ? top[k] : 0;
     for (int k = 0; k < rows && all.ignored; ++k) top[k] = y[k] == IGNORED ? 0 : top[k], lse[k] = y[k] == IGNORED ? 0 : lse[k];
     for (int k = 0; k < rows && c.top; ++k) c.top[row + k] = top[k];
     if (c.saved.top) write(top, row, rows, c.saved.type, c.saved.top);
-    if (c.saved.picked) write(all.picked, row, rows, c.saved.type, c.saved.picked);
+    if (c.saved.picked) write(all.z_y, row, rows, c.saved.type, c.saved.picked);
     if (soft) std::memcpy(picked, all.picked, size_t(rows) * sizeof *picked);
-    for (int k = 0; k < rows && !soft; ++k) picked[k] = all.picked[k] - top[k];
-    for (int k = 0; k < rows && !soft && (all.ignored || c.classes > c.C); ++k) picked[k] = uint64_t(y[k]) < C ? picked[k] : 0;
+    for (int k = 0; k < rows && !soft; ++k) picked[k] = double(all.z_y[k]) - double(top[k]);
+    const uint64_t here = uint64_t(all.ignored || c.classes > c.C ? c.C : 0);  // 0: all of them
+    for (int k = 0; k < rows && here && !soft; ++k) picked[k] = uint64_t(y[k]) < here ? picked[k] : 0;
     for (int k = 0; k < rows && c.mass; ++k) c.mass[row + k] = all.mass[k];
     for (int k = 0; k < rows && c.wsum; ++k) c.wsum[row + k] = y[k] == IGNORED ? 0 : all.wsum[k];
     for (int k = 0; k < rows && c.entropy; ++k)  // -sum p (t - log sum)
-        c.entropy[row + k] = y[k] == IGNORED ? 0 : log_sum[k] - all.tilt[k] / all.sum[k];
+        c.entropy[row + k] = y[k] == IGNORED ? 0 : lse[k] - all.tilt[k] / all.sum[k];
     for (int k = 0; k < rows && c.argmax; ++k) c.argmax[row + k] = y[k] == IGNORED ? -1 : all.argmax[k];
-    if (c.formula.wanted) add_losses(c, task, row, rows, all, y, top, picked);
+    if (c.formula.wanted) add_losses(c, task, row, rows, all, y, picked);
 }
 
 template <class F>
 INLINE void put_found(const Found& found, int k, Totals<F>& all) {
-    all.top[k] = F(found.max), all.sum[k] = found.sum, all.tilt[k] = found.tilt, all.picked[k] = found.picked;
+    all.top[k] = F(found.max), all.sum[k] = found.sum, all.tilt[k] = found.tilt;
+    all.picked[k] = found.picked, all.z_y[k] = F(found.picked);  // whichever it is
     all.mass[k] = found.mass, all.wsum[k] = found.wsum, all.argmax[k] = found.argmax;
 }
 
