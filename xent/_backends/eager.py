@@ -28,7 +28,7 @@ def refusal(logits: Tensor, target: Tensor) -> str | None:
 
 def row_statistics(logits: Tensor, target: Tensor, spec: RowSpec, wanted: Wanted, class_weight: Tensor | None) -> Stats:
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
-    all_held, kept, mask = _kept(target, spec, C)
+    all_held, kept, mask = _kept(logits, target, spec)
     if not soft and not all_held:
         check_range(target, spec.classes or 0, spec.ignore_index)
     stats = wanted.unpack(wanted.empty(logits, target), soft)
@@ -72,7 +72,7 @@ def row_gradient(
         out = advise_huge_pages(torch.empty_like(logits))
     C, dtype, soft = logits.shape[2], compute_dtype(logits), target.is_floating_point()
     top, lse, g_lse, g_picked, g_wsum, g_entropy = numbers
-    all_held, kept, mask = _kept(target, spec, C)
+    all_held, kept, mask = _kept(logits, target, spec)
     if kept is not None:
         out[(target == spec.ignore_index).nonzero(as_tuple=True)] = 0
 
@@ -122,7 +122,7 @@ def row_samples(
     C, dtype, soft = logits.shape[2], statistics_dtype(logits.device), target.is_floating_point()
     counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     classes, kept = [counts.new_empty(0, dtype=torch.int32)], [logits.new_empty(0, dtype=compute_dtype(logits))]
-    for rows in _blocks(logits, _kept(target, spec, C)[1], 4):  # some of float64
+    for rows in _blocks(logits, _kept(logits, target, spec)[1], 4):  # some of float64
         z = scores(logits[rows], spec.scale, spec.softcap).view(-1, C)
         base, factor = (x[rows].to(z.dtype).view(-1, 1) for x in (top, torch.exp(-lse)))
         p, u = torch.exp(z - base) * factor, uniform[rows[1]].to(dtype)[:, None]
@@ -189,7 +189,7 @@ def _local(target: Tensor, start: int, C: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, C - 1), (local >= 0) & (local < C)
 
 
-def _kept(target: Tensor, spec: RowSpec, C: int) -> tuple[bool, tuple[Tensor, ...] | None, Tensor | None]:
+def _kept(logits: Tensor, target: Tensor, spec: RowSpec) -> tuple[bool, tuple[Tensor, ...] | None, Tensor | None]:
     """Whether every row counts and has its target among the classes held here, as far as can be looked at.
 
     And of the rows that count the indices, or a mask: without a host sync on a device, or in a traced graph. None where
@@ -200,10 +200,15 @@ def _kept(target: Tensor, spec: RowSpec, C: int) -> tuple[bool, tuple[Tensor, ..
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return False, None, target != spec.ignore_index
     low, high = (int(y) for y in target.aminmax())
-    if spec.start <= low and high < spec.start + C and not low <= spec.ignore_index <= high:
+    if spec.start <= low and high < spec.start + logits.shape[2] and not low <= spec.ignore_index <= high:
         return True, None, None
     keep = target != spec.ignore_index
-    return False, None if keep.all() else keep.nonzero(as_tuple=True), None
+    count = int(keep.count_nonzero())
+    if count == keep.numel():
+        return False, None, None
+    if 2 * count > keep.numel() and logits.stride(2) != 1:  # to copy rows whose classes lie apart takes longer
+        return False, None, keep
+    return False, keep.nonzero(as_tuple=True), None
 
 
 def _blocks(logits: Tensor, kept: tuple[Tensor, ...] | None, terms: int = 1) -> Iterator[tuple[Any, Any]]:

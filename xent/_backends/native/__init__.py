@@ -61,7 +61,7 @@ def row_gradient(
 def losses(
     input: Tensor, target: Tensor, weight: Tensor | None, normalizer: float | None, options: LossOptions
 ) -> tuple[Tensor, float, Tensor]:
-    """The numbers: lse, of probabilities mass, and in the logits' own digits top and, of indices, the targets' scores."""
+    """The numbers: lse, of probabilities mass, and in the logits' own digits top and, of indices, z_y."""
     layout, spec, formula, _ = options
     N, soft, dtype = layout.A * layout.B, target.is_floating_point(), formula.dtype
     each = N if input.dtype is FLOAT64 else (N + 1) // 2
