@@ -76,6 +76,7 @@ BLOCKS: dict[str, tuple[tuple[int, int, int], str]] = {  # (A, B, C) for which n
     "short rows": ((1, 300, 10), "contiguous"),
     "just short": ((3, 30, 32), "cut sequences"),
     "images": ((2, fewer(40, 300), 21), "images"),
+    "images, some pages of each class": ((2, fewer(40, 4500), 11), "images"),
     "small images": ((9, 5, 7), "images"),
     "a tile and a few classes": ((1, fewer(70, 300), 207), "images"),
     "more classes than a tile": ((1, 70, fewer(90, 700)), "images"),
