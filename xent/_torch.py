@@ -41,7 +41,7 @@ _TRACERS = (_ModeKey.FAKE, _ModeKey.PROXY, _ModeKey.FUNCTIONAL)
 def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether a mode, transform, tracer, subclass or batching stands between an operator on these tensors and memory.
 
-    torch's own question, of each tensor and of modes; not by their keys, which take ten times as long to read.
+    torch's own question, of each tensor and of modes. To read their keys, as `is_traced` does, takes twice as long.
     """
     if torch.compiler.is_compiling() or _transform() is not None or _jit_trace() is not None:
         return True

@@ -130,6 +130,7 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t begin,
     for (int64_t at = begin; at < end; at += step) {
         const int n = end - at < step ? int(end - at) : step;
         const F* w = c.weight ? static_cast<const F*>(c.weight) + at : nullptr;
+        // What is written at once takes the place of one class; else the tile is turned back into rows.
         const Lanes<F> z{tile, tile_stride(rows)}, d{written_here ? d_buffer : tile, written_here ? 0 : z.stride};
         if (!read_here) load<T>(c.logits, row, rows, at, n, F(c.scale), F(c.softcap), tile);
         const Lanes<F> q = c.soft() ? load_probabilities(c, row, rows, at, n, q_tile) : Lanes<F>{};
@@ -139,6 +140,7 @@ LOOP void gradient_by_class(const Call& c, int64_t row, int rows, int64_t begin,
             F* d_i = d[i];
             if constexpr (std::is_same_v<T, F>)
                 if (written_here) d_i = c.out.at<T>(row, at + i);
+            // The slope needs the scores when the gradient is there already.
             if (c.softcap != 0 && d_i == z_i) std::memcpy(z_buffer, z_i, size_t(rows) * sizeof(F)), z_i = z_buffer;
             c.g_entropy.data ? softmax<true>(z_i, rows, of.top, of.a, of.h, d_i) : softmax<false>(z_i, rows, of.top, of.a, of.h, d_i);
             if (c.soft()) add_weighted(of.g_picked, q[i], w ? w + i : nullptr, rows, d_i);
