@@ -56,10 +56,15 @@ class RowSpec(NamedTuple):
     """What is read: which rows count, how a logit becomes a score, and which of all the classes are held here."""
 
     ignore_index: int = -100
-    scale: float = 1.0
+    scale: float = 1
     softcap: float | None = None
     start: int = 0  #  the first class held here
     classes: int | None = None  #  of all ranks; None where all are held here
+
+    def words(self) -> str:
+        """What the ranks must agree on, in the same words for 1 and for 1.0."""
+        softcap = None if self.softcap is None else float(self.softcap)
+        return f"ignore_index={self.ignore_index}, logit_scale={float(self.scale)}, {softcap=}"
 
 
 class Stats(NamedTuple):
@@ -114,8 +119,8 @@ class Objective(NamedTuple):
     """The options of a loss that are no tensors: what is asked of the statistics, once they are there."""
 
     reduction: str = "mean"
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: float = 0
+    z_loss: float = 0
     on_empty: str = "nan"
     ignore_index: int = -100
     dtype: torch.dtype = torch.float32  # of the result

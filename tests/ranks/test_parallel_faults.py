@@ -169,6 +169,11 @@ def test_ranks_that_are_called_with_different_arguments(
     assert other in second_part
 
 
+def test_ranks_that_write_the_same_numbers_differently(ranks: Ranks) -> None:
+    whole, real = {"logit_scale": 1, "softcap": 3}, {"logit_scale": 1.0, "softcap": 3.0}
+    assert errors(ranks, [GOOD | whole, GOOD | real]) == ("", "")
+
+
 # Nobody comes
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 from torch._subclasses import FakeTensorMode
 
 import xent
@@ -78,6 +79,25 @@ def test_one_graph_forward_and_backward(name: str, dynamic: bool | None) -> None
     first, second, third = compilations
     assert third == second or dynamic is False
     assert second == first or not dynamic
+
+
+HEAD = xent.LinearCrossEntropyLoss(5, 5, bias=False)
+DEFAULTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda x, y: xent.cross_entropy(x, y),
+    "token_stats": lambda x, y: xent.token_stats(x, y).lse,
+    "CrossEntropyLoss": xent.CrossEntropyLoss(),
+    "linear_cross_entropy": lambda x, y: xent.linear_cross_entropy(x, HEAD.linear.weight, y),
+    "linear_token_stats": lambda x, y: xent.linear_token_stats(x, HEAD.linear.weight, y).lse,
+    "LinearCrossEntropyLoss": HEAD,
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_dynamic_shapes_are_traced_once(name: str) -> None:
+    """No default is made a symbol, found to be a constant after all, and the whole function traced again."""
+    clear_compilation_metrics()
+    torch.compile(DEFAULTS[name], fullgraph=True, dynamic=True, backend="aot_eager")(*batch(6))
+    assert [metrics.restart_reasons for metrics in get_compilation_metrics()] == [set()]
 
 
 def test_inductor_trains_a_model() -> None:

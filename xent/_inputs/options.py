@@ -121,7 +121,7 @@ def check_transform_range(logit_scale: float, softcap: float | None, logits: tor
 def check_grad_resolution(
     grad_resolution: float | None,
     softcap: float | None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,
     generator: object = None,
     candidates: bool = False,
 ) -> None:

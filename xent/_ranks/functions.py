@@ -94,9 +94,8 @@ def _statistics(input: Tensor, target: Tensor, weight: Tensor | None, group: str
         own, w = spec._replace(start=start, classes=total), class_weight if soft or wanted.wsum else None
         return operators.row_statistics(input, target, w, options._replace(spec=own))
 
-    ignore_index, scale, softcap, *_ = spec
-    note = f"{layout.A * layout.B} rows of {input.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
-    ignored = None if soft else target == ignore_index
+    note = f"{layout.A * layout.B} rows of {input.dtype}, {spec.words()}"
+    ignored = None if soft else target == spec.ignore_index
     held = (input.shape[layout.axis], compute_dtype(input))
     return gather(group, note, target, ignored, weight, held, wanted, local)
 

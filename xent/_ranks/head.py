@@ -98,8 +98,7 @@ def _statistics(rows: HeadRows, group: str, options: HeadOptions) -> list[Tensor
         entries[:] = [] if seed is None else found[-3:]
         return options.wanted.unpack(found, target.is_floating_point())
 
-    ignore_index, scale, softcap, *_ = options.spec
-    note = f"{len(hidden)} rows of {hidden.shape[1]} {options.dtype}, {ignore_index=}, logit_scale={scale}, {softcap=}"
+    note = f"{len(hidden)} rows of {hidden.shape[1]} {options.dtype}, {options.spec.words()}"
     held, ignored = (len(weight), options.weight_dtype), _ignored(target, options)
     return gather(group, note, target[None], ignored, class_weight, held, options.wanted, local) + entries
 
