@@ -35,9 +35,10 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 def native_exp(t: Tensor) -> Tensor:
-    out = torch.empty_like(t)
-    native._native.exp(t.data_ptr(), out.data_ptr(), t.numel(), t.itemsize)
-    return out
+    """e^t: a row's gradient, p, where top and lse are taken to be 0; the target's own is computed in another way."""
+    zero, x = torch.zeros(1, 1, dtype=torch.float64), torch.cat([t, t.new_zeros(1)])
+    numbers = RowNumbers(zero, zero, zero + 1, zero)
+    return _primitives.row_gradient(x[None, None], zero.long() + len(t), numbers, RowSpec(classes=len(x)))[0, 0, :-1]
 
 
 def test_exp32() -> None:

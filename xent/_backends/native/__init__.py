@@ -1,4 +1,4 @@
-"""The primitives of `_rows/dispatch.py`, and those of `_rows/formula.py`, in compiled C++ for CPU tensors: native.cpp.
+"""The primitives of `_rows/dispatch.py`, and those of `_rows/loss.py`, in compiled C++ for CPU tensors: native.cpp.
 
 The compiled part checks what it is given, and writes into memory that is made here. It says NotImplemented where more
 than two strides lead to the rows of a tensor, and where a product is torch's affair.

@@ -176,6 +176,4 @@ struct Kernels {
     void (*pick[4])(const Call&, int64_t task);  // of candidates
     void (*put[4])(const Call&, int64_t task);
     void (*finish_parts)(const Call&);
-    void (*exp32)(const float* t, float* out, int64_t n);
-    void (*exp64)(const double* t, double* out, int64_t n);
 };

@@ -264,9 +264,3 @@ LOOP void multiply_slope(const F* z, int n, F cap, F* d) {  // d tanh u = 1 - ta
 #pragma omp simd
     for (int i = 0; i < n; ++i) d[i] *= (1 - z[i] * inverse) * (1 + z[i] * inverse);
 }
-
-template <class F>
-LOOP void exp_all(const F* t, F* out, int64_t n) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = exponential(t[i]);
-}

@@ -168,7 +168,6 @@ PyMODINIT_FUNC PyInit__native() {
         {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
         {"use", py_use, METH_O, nullptr},
         {"resident", fast(py_resident), METH_FASTCALL, nullptr},
-        {"exp", fast(py_exp), METH_FASTCALL, nullptr},
         {nullptr, nullptr, 0, nullptr},
     };
     static PyModuleDef module = {

@@ -192,6 +192,4 @@ constexpr Kernels KERNELS = {
     {pick_task<float>, pick_task<BFloat16>, pick_task<Float16>, pick_task<double>},
     {put_task<float>, put_task<BFloat16>, put_task<Float16>, put_task<double>},
     finish_parts,
-    exp_all<float>,
-    exp_all<double>,
 };

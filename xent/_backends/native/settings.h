@@ -55,17 +55,3 @@ PyObject* py_resident(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const int64_t bytes = a.integer();
     return PyErr_Occurred() ? nullptr : PyBool_FromLong(resident(Pages(data, bytes)));
 }
-
-// exp of float32 (or float64) numbers, for tests: (address of numbers, address of results, count, bytes per number)
-PyObject* py_exp(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (wrong_count(count, 4)) return nullptr;
-    Arguments a{args};
-    void *t = a.address<void>(), *out = a.address<void>();
-    const int64_t n = a.integer(), itemsize = a.integer();
-    if (PyErr_Occurred()) return nullptr;
-    if (itemsize == 4)
-        kernels->exp32(static_cast<float*>(t), static_cast<float*>(out), n);
-    else
-        kernels->exp64(static_cast<double*>(t), static_cast<double*>(out), n);
-    Py_RETURN_NONE;
-}
