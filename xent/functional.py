@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._inputs import options, rows
-from ._inputs.options import overridable
-from ._ranks.dtensor import distributed, on_logits
+from ._ranks.dtensor import on_logits, overridable
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.functions import rank_stats
 from ._records import LossOptions, Objective, RowOptions, RowSpec, Stats, Wanted, compute_dtype, has_candidates
@@ -21,8 +20,7 @@ from ._rows.functions import row_stats
 from ._rows.loss import loss
 
 
-@overridable
-@distributed(on_logits)
+@overridable(on_logits)
 def cross_entropy(
     input: Float[Tensor, "..."],
     target: Shaped[Tensor, "..."],
@@ -200,8 +198,7 @@ class TokenStats(NamedTuple):
         )
 
 
-@overridable
-@distributed(on_logits)
+@overridable(on_logits)
 def token_stats(
     input: Float[Tensor, "..."],
     target: Integer[Tensor, "..."],

@@ -11,9 +11,8 @@ from ._head.blocks import HeadOptions
 from ._head.functions import head_stats, loss_by_gradient, with_seed
 from ._inputs import options
 from ._inputs.head import LinearRows, check_max_bytes, to_linear_rows
-from ._inputs.options import overridable
 from ._inputs.rows import holds_candidates, result_dtype
-from ._ranks.dtensor import distributed, on_head
+from ._ranks.dtensor import on_head, overridable
 from ._ranks.exchange import report_failure_to_ranks
 from ._ranks.head import rank_head_stats
 from ._records import Objective, RowSpec, Wanted
@@ -21,8 +20,7 @@ from ._rows import objective
 from .functional import TokenStats
 
 
-@overridable
-@distributed(on_head)
+@overridable(on_head)
 def linear_cross_entropy(
     input: Float[Tensor, "... D"],
     linear_weight: Float[Tensor, "C ... D"],
@@ -182,8 +180,7 @@ def _by_rows(
     return objective.reduce(found, divisor, formula)
 
 
-@overridable
-@distributed(on_head)
+@overridable(on_head)
 def linear_token_stats(
     input: Float[Tensor, "... D"],
     linear_weight: Float[Tensor, "C D"],

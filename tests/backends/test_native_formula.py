@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xent._backends import eager, native
 from xent._records import Layout, LossOptions, Objective, RowSpec
-from xent._rows import dispatch, formula
+from xent._rows import dispatch, loss
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -62,7 +62,7 @@ def test_formula(
         return value, torch.tensor(1.0 if divisor is None else float(divisor)), grad
 
     before = native._native.use(instructions)
-    found = find(native if x.numel() else formula)
+    found = find(native if x.numel() else loss)
     native._native.use(before)
     monkeypatch.setattr(dispatch, "backend_for", lambda *_: eager)
-    torch.testing.assert_close(found, find(formula), rtol=1e-12, atol=1e-13, equal_nan=True)
+    torch.testing.assert_close(found, find(loss), rtol=1e-12, atol=1e-13, equal_nan=True)

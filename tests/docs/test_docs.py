@@ -152,7 +152,7 @@ FLOW = [  # a file imports only from lines below its own
     {"_head.blocks"},
     {"_head.products"},
     {"_rows.loss"},
-    {"_rows.functions", "_rows.formula"},
+    {"_rows.functions"},
     {"_rows.derivatives", "_rows.operators", "_rows.objective"},
     {"_rows.dispatch"},
     {"_rows.candidates"},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._records import HeadRows
-from .options import check_target_prob
+from .options import check_dtype_and_device, check_target_prob
 from .rows import as_index, check_probabilities
 
 MAX_BYTES = 72 << 20  # of logits at a time: products of full speed, and no more than a few per cent of a training step
@@ -148,10 +148,7 @@ def _check_tensors(input: Tensor, linear_weight: Tensor, target: Tensor, linear_
                 f"{name}: expected the whole tensor, got a DTensor with placements {tensor.placements}; call it inside "  # type: ignore[attr-defined]
                 "the forward of the module that owns the parameter, where FSDP has gathered it, or pass full_tensor()"
             )
-        if tensor.device != input.device:
-            raise RuntimeError(f"{name}: expected a tensor on {input.device} like input, got one on {tensor.device}")
-        if name != "target" and not tensor.is_floating_point():
-            raise RuntimeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        check_dtype_and_device(name, tensor, input, "input", floating=name != "target")
     if input.dim() == 0:
         raise ValueError("input: expected at least one dimension, the features, got a 0-d tensor")
     if linear_weight.dim() < 2:

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 REDUCTIONS = ("none", "mean", "sum")
-
-
-def overridable(function: Callable[P, R]) -> Callable[P, R]:
-    """Let an argument's `__torch_function__`, or a mode's, take the call over, as torch does for its own functions."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        everything = (*args, *kwargs.values())
-        if has_torch_function(everything):
-            return handle_torch_function(wrapper, everything, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return wrapper
 
 
 def check_options(
@@ -157,7 +137,7 @@ def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool
     if weight is None:
         return
     check_tensor_or_none("weight", weight)
-    _check_dtype_and_device("weight", weight, logits, "input")
+    check_dtype_and_device("weight", weight, logits, "input")
     if weight.shape != (classes,) and not (sharded and weight.dim() == 1):
         raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
     if not (weight.requires_grad and torch.is_grad_enabled()):
@@ -170,15 +150,16 @@ def check_weight(weight: Tensor | None, classes: int, logits: Tensor, soft: bool
 
 def check_target_prob(target_prob: Tensor, target: Tensor) -> None:
     """One probability for each of the K indices of a position."""
-    _check_dtype_and_device("target_prob", target_prob, target, "target")
+    check_dtype_and_device("target_prob", target_prob, target, "target")
     if target_prob.shape != target.shape:
         raise ValueError(
             f"target_prob: expected the shape of target, {tuple(target.shape)}, got {tuple(target_prob.shape)}"
         )
 
 
-def _check_dtype_and_device(name: str, x: Tensor, other: Tensor, whose: str) -> None:
-    if not x.is_floating_point():
+def check_dtype_and_device(name: str, x: Tensor, other: Tensor, whose: str, floating: bool = True) -> None:
+    """A floating tensor, if it should be one, beside another."""
+    if floating and not x.is_floating_point():
         raise RuntimeError(f"{name}: expected a floating dtype, got {x.dtype}")
     if x.device != other.device:
         raise RuntimeError(f"{name}: expected a tensor on {other.device} like {whose}, got one on {x.device}")

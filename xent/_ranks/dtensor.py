@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _torch
 from .._inputs.rows import as_index, class_dim
@@ -32,17 +33,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def distributed(on_parts: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take DTensors, by way of `on_parts(function, **arguments)`: `on_logits` or `on_head`."""
+def overridable(on_parts: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let an argument's `__torch_function__`, or a mode's, take a call over, as torch does for its own functions.
+
+    And DTensors, by way of `on_parts(function, **arguments)`: `on_logits` or `on_head`.
+    """
 
     def decorator(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not (torch.compiler.is_compiling() or "torch.distributed.tensor" in sys.modules):
-                return function(*args, **kwargs)
-            if not any(_is_dtensor(value) for value in (*args, *kwargs.values())):
+            everything = (*args, *kwargs.values())
+            if has_torch_function(everything):
+                return handle_torch_function(wrapper, everything, *args, **kwargs)
+            possible = torch.compiler.is_compiling() or "torch.distributed.tensor" in sys.modules
+            if not possible or not any(map(_is_dtensor, everything)):
                 return function(*args, **kwargs)
             try:
                 arguments = signature.bind(*args, **kwargs)
