@@ -151,18 +151,22 @@ def linear_cross_entropy(
 
     formula = Objective(reduction, label_smoothing, z_loss, on_empty, ignore, loss_dtype or result_dtype(input))
     spec = RowSpec(ignore, logit_scale, softcap)
-    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, formula.wanted, formula, grad_resolution)
+    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, formula.wanted, grad_resolution)
     rows = rows._replace(heads=[with_seed(head, grad_resolution, generator) for head in rows.heads])
     if group is not None or reduction == "none":
-        return _by_rows(rows, settings, normalizer, group)
-    return loss_by_gradient(rows, settings, normalizer)
+        return _by_rows(rows, settings, formula, normalizer, group)
+    return loss_by_gradient(rows, settings, formula, normalizer)
 
 
 def _by_rows(
-    rows: LinearRows, settings: HeadOptions, normalizer: float | Tensor | None, group: ProcessGroup | None
+    rows: LinearRows,
+    settings: HeadOptions,
+    formula: Objective,
+    normalizer: float | Tensor | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """The loss of each row from its statistics, whose gradient is known in backward only: four products."""
-    losses, formula = [], settings.formula
+    losses = []
     for head in rows.heads:
         q, head = head.prob, head._replace(prob=None)
         if group is None:
@@ -256,7 +260,7 @@ def linear_token_stats(
             raise ValueError(f"target: expected class indices, got probabilities of shape {tuple(target.shape)}")
     spec = RowSpec(ignore_index, logit_scale, softcap)
     wanted = Wanted(False, entropy, prediction)
-    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, wanted, resolution=grad_resolution)
+    settings = HeadOptions(spec, rows.dtype, budget, rows.shift, wanted, grad_resolution)
     head = with_seed(head, grad_resolution, generator)
     if group is None:
         stats = head_stats(head, settings)

@@ -100,6 +100,34 @@ def test_dynamic_shapes_are_traced_once(name: str) -> None:
     assert [metrics.restart_reasons for metrics in get_compilation_metrics()] == [set()]
 
 
+# Losses of (x, y) with one more number, which changes from step to step.
+SCHEDULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "label_smoothing": lambda x, y, n: xent.cross_entropy(x, y, label_smoothing=n),
+    "z_loss": lambda x, y, n: xent.cross_entropy(x, y, z_loss=n),
+    "normalizer": lambda x, y, n: xent.cross_entropy(x, y, normalizer=n),
+    "head, label_smoothing": lambda x, y, n: xent.linear_cross_entropy(
+        x, HEAD.linear.weight, y, label_smoothing=n, reduction="none"
+    ).mean(),
+    "head, z_loss": lambda x, y, n: xent.linear_cross_entropy(
+        x, HEAD.linear.weight, y, z_loss=n, reduction="none"
+    ).mean(),
+    "head, normalizer": lambda x, y, n: xent.linear_cross_entropy(x, HEAD.linear.weight, y, normalizer=n),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_option_that_changes_is_compiled_twice(name: str) -> None:
+    """For its first value, and for all others."""
+    loss, counter = SCHEDULES[name], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for n in (0.1, 0.2, 0.3, 0.4):
+        x, y = batch(6)
+        found, expected = compiled(x, y, n), loss(x, y, n)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (found, expected)))
+    assert counter.frame_count == 2
+
+
 def test_inductor_trains_a_model() -> None:
     """Whole steps through the default compiler, against the same steps as they are."""
 

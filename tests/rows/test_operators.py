@@ -62,6 +62,9 @@ def gradient(dtype: torch.dtype, soft: bool) -> Samples:
         yield x.movedim(2, 1), target, *numbers(x)[:4], None, None, None, *layout._replace(axis=1), *SPEC
 
 
+FORMULA = Objective("sum", label_smoothing=0.1, z_loss=0.1)
+
+
 def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[HeadRows, HeadOptions]]:
     """In blocks, also cast as autocast has it; no rows."""
     torch.manual_seed(0)
@@ -71,8 +74,7 @@ def heads(dtype: torch.dtype, soft: bool) -> Iterator[tuple[HeadRows, HeadOption
     for (x, target), products in ((some, dtype), (some, other), (none, dtype)):
         target = target.flatten(0, 1)
         h = torch.randn(len(target), D, dtype=dtype)
-        formula = Objective("sum", label_smoothing=0.1, z_loss=0.1)
-        options = HeadOptions(SPEC, products, max_bytes=100, wanted=formula.wanted, formula=formula)
+        options = HeadOptions(SPEC, products, max_bytes=100, wanted=FORMULA.wanted)
         yield HeadRows(h, W, b, target, None, class_weight(x)), options
 
 
@@ -80,11 +82,12 @@ def head_loss(dtype: torch.dtype, soft: bool) -> Samples:
     factor = torch.tensor(0.5, dtype=torch.float64)
     for row, options in heads(dtype, soft):
         for needs in ([True, True, True, soft, False], [True, False, False, False, False], [False] * 5):
-            yield *row, factor, *flatten(options), needs
+            yield *row, factor, *flatten(options, FORMULA), needs
     if not soft:  # K classes of each row
         y = torch.stack([row.target, row.target], 1)
         for needs in ([True, True, True, False, True], [False] * 5):
-            yield *row._replace(target=y, prob=torch.rand(y.shape, dtype=dtype)), factor, *flatten(options), needs
+            of_several = row._replace(target=y, prob=torch.rand(y.shape, dtype=dtype))
+            yield *of_several, factor, *flatten(options, FORMULA), needs
 
 
 def head_statistics(dtype: torch.dtype, soft: bool) -> Samples:

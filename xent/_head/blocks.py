@@ -57,7 +57,6 @@ class HeadOptions(NamedTuple):
     max_bytes: int
     shift: int = 0  #  T > 0: of each T rows the last does not count, and row n belongs to row n + 1 of the targets
     wanted: Wanted = Wanted()
-    formula: Objective = Objective()  # of a row's loss, and of no statistic
     resolution: float | None = None  # of a sparse gradient, see entries.py
 
     @property
@@ -67,7 +66,7 @@ class HeadOptions(NamedTuple):
 
     def class_weight(self, rows: HeadRows) -> Tensor | None:
         """As the primitives take it."""
-        return objective.class_weight(rows.class_weight, rows.target, self.formula.label_smoothing, self.weight_dtype)
+        return objective.class_weight(rows.class_weight, rows.target, self.wanted, self.weight_dtype)
 
 
 class Block(NamedTuple):
@@ -190,14 +189,16 @@ def in_their_dtypes(function: F) -> F:
 
 
 @in_their_dtypes
-def loss_and_grads(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Needs) -> list[Tensor]:
+def loss_and_grads(
+    rows: HeadRows, factor: Tensor, options: HeadOptions, formula: Objective, needs: Needs
+) -> list[Tensor]:
     """factor * sum_n loss_n (0-d), and those gradients of it that are wanted, of `HeadRows.sources`.
 
     With float16 the gradients are those of the sum, which `functions.py` scales: 1 / N in each of the products
     would take small probabilities below what the format can hold.
     """
     blocks = Blocks(rows, options)
-    losses, grads, formula = factor.new_zeros(len(rows.hidden)), Grads(blocks, needs), options.formula
+    losses, grads = factor.new_zeros(len(rows.hidden)), Grads(blocks, needs)
     g = torch.ones_like(factor) if options.dtype == torch.float16 else factor
     for block in blocks:
         stats = blocks.stats(block)

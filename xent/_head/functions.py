@@ -45,31 +45,33 @@ def with_seed(rows: HeadRows, resolution: float | None, generator: torch.Generat
     return rows._replace(seed=torch.randint(SEED, (), device=source, generator=generator).to(device))
 
 
-def loss_by_gradient(rows: LinearRows, settings: HeadOptions, normalizer: float | Tensor | None) -> Tensor:
+def loss_by_gradient(
+    rows: LinearRows, settings: HeadOptions, formula: Objective, normalizer: float | Tensor | None
+) -> Tensor:
     """The loss of all rows, each block's gradient beside it: three products."""
-    targets, first, row_weight, formula = rows.targets, rows.heads[0], None, settings.formula
+    targets, first, row_weight = rows.targets, rows.heads[0], None
     if first.class_weight is not None and targets.dim() == 1:
         row_weight = objective.row_weights(targets, first.class_weight, formula.ignore_index)
     divisor = objective.divisor(targets[None], row_weight, normalizer, formula)
     device, dtype = first.hidden.device, statistics_dtype(first.hidden.device)
     if isinstance(divisor, Tensor):  # perhaps one number on the CPU
         divisor = divisor.to(device, dtype, non_blocking=True)
-    else:
-        divisor = torch.full((), 1 if divisor is None else divisor, device=device, dtype=dtype)
+    else:  # by a product, which a compiler traces for any number
+        divisor = torch.ones((), device=device, dtype=dtype) * (1 if divisor is None else divisor)
     factor = 1 / divisor.detach()
-    total = torch.stack([head_loss(head, factor, settings) for head in rows.heads]).sum()
+    total = torch.stack([head_loss(head, factor, settings, formula) for head in rows.heads]).sum()
     if divisor.requires_grad:
         total = total * (divisor.detach() / divisor)
     return total.to(formula.dtype)
 
 
-def head_loss(rows: HeadRows, factor: Tensor, options: HeadOptions) -> Tensor:
+def head_loss(rows: HeadRows, factor: Tensor, options: HeadOptions, formula: Objective) -> Tensor:
     """factor * sum_n loss_n (0-d, in the statistics' dtype); with a seed, its gradient is sparse."""
     needs = _needs(rows)
     if rows.seed is not None and any(needs):
-        terms = objective.class_terms(rows.target[None], rows.class_weight, len(rows.weight), options.formula)
-        return objective.row_losses(head_stats(rows, options), terms, options.formula).sum() * factor
-    return apply("head_loss", HeadLoss, rows, factor, options, needs)[0]  # type: ignore[no-any-return]
+        terms = objective.class_terms(rows.target[None], rows.class_weight, len(rows.weight), formula)
+        return objective.row_losses(head_stats(rows, options), terms, formula).sum() * factor
+    return apply("head_loss", HeadLoss, rows, factor, options, formula, needs)[0]  # type: ignore[no-any-return]
 
 
 def head_stats(rows: HeadRows, options: HeadOptions) -> Stats:
@@ -102,12 +104,12 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
 
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, ...]:
-        rows, (factor, options, needs) = HeadRows.split(flat)
-        return tuple(run("head_loss", loss_and_grads, rows, factor, options, needs))
+        rows, rest = HeadRows.split(flat)
+        return tuple(run("head_loss", loss_and_grads, rows, *rest))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, (factor, options, needs) = HeadRows.split(inputs)
+        rows, (factor, options, _, needs) = HeadRows.split(inputs)
         ctx.dtypes = [t.dtype if t is not None and n else None for t, n in zip(rows.sources, needs, strict=True)]
         ctx.unscaled = options.dtype == torch.float16
         ctx.mark_non_differentiable(*output[1:])
@@ -117,7 +119,7 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 10
+            return (None,) * 11
         if any(wanted and dtype is None for wanted, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)):
             raise RuntimeError(
                 "a linear head with its loss computes its gradients in forward, and this graph was traced for tensors "
@@ -128,7 +130,7 @@ class HeadLoss(NoTransforms, torch.autograd.Function):
         if ctx.unscaled:
             g = g * torch.where(factor.isinf(), 0, factor)  # 1 / 0 where no row counts
         found = [None if dtype is None else _scaled(next(left), g, dtype, sources) for dtype in ctx.dtypes]
-        return *found, *[None] * 5
+        return *found, *[None] * 6
 
 
 def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype, sources: Sequence[Tensor | None]) -> Tensor | None:
@@ -218,7 +220,7 @@ def _empty_statistics(rows: HeadRows, options: HeadOptions) -> list[Tensor]:
     return [*options.wanted.empty(rows.hidden[None], rows.target[None]), *empty_entries(rows, options)]
 
 
-def _empty_loss(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Needs) -> list[Tensor]:
+def _empty_loss(rows: HeadRows, factor: Tensor, options: HeadOptions, *rest: Any) -> list[Tensor]:
     """The gradients as the blocks make them."""
     hidden, weight, _, target, prob, *_ = rows
     q = target if prob is None else prob
@@ -228,7 +230,7 @@ def _empty_loss(rows: HeadRows, factor: Tensor, options: HeadOptions, needs: Nee
         (weight.shape[:1], options.weight_dtype),
         *[(q.shape, compute_dtype(q))] * 2,  # of the target or of `prob`
     )
-    grads = [hidden.new_empty(shape, dtype=d) for (shape, d), needed in zip(made, needs, strict=True) if needed]
+    grads = [hidden.new_empty(shape, dtype=d) for (shape, d), needed in zip(made, rest[-1], strict=True) if needed]
     return [torch.empty_like(factor), *grads]
 
 
@@ -240,12 +242,9 @@ FIELDS[Objective] = (
     *("str reduction", "float label_smoothing", "float z_loss", "str on_empty"),
     *("int loss_ignore_index", "ScalarType loss_dtype"),
 )
-FIELDS[HeadOptions] = (
-    *(RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift"),
-    *(Wanted, Objective, "float? resolution"),
-)
+FIELDS[HeadOptions] = (RowSpec, "ScalarType dtype", "SymInt max_bytes", "SymInt shift", Wanted, "float? resolution")
 FIELDS[Entries] = tuple(f"Tensor? entry_{name}" for name in Entries._fields)
-_LOSS = (HeadRows, "Tensor factor", HeadOptions, "bool[] needs")
+_LOSS = (HeadRows, "Tensor factor", HeadOptions, Objective, "bool[] needs")
 _GRADIENTS = (HeadRows, Entries, RowNumbers, "Tensor? g_mass", HeadOptions, "bool[] needs")
 define("head_loss", _LOSS, "Tensor[]", loss_and_grads, _empty_loss)
 define("head_statistics", (HeadRows, HeadOptions), "Tensor[]", _statistics, _empty_statistics)

@@ -127,5 +127,5 @@ def of_rows(
 ) -> tuple[Tensor, Tensor | None, objective.ClassTerms]:
     """The target and the class weights as the primitives take them, and what the formula needs besides."""
     y = layout.targets(target, input.dim())
-    class_weight = objective.class_weight(weight, target, formula.label_smoothing, compute_dtype(input))
+    class_weight = objective.class_weight(weight, target, formula.wanted, compute_dtype(input))
     return y, class_weight, objective.class_terms(y, weight, input.shape[layout.axis], formula)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._records import Objective, RowNumbers, Stats, rows_that_count, statistics_dtype
+from .._records import Objective, RowNumbers, Stats, Wanted, rows_that_count, statistics_dtype
 
 
 class ClassTerms(NamedTuple):
@@ -33,9 +33,9 @@ class ClassTerms(NamedTuple):
     row_weight: Tensor | None  #    w_y of each row (and candidate); None where all are 1, and for probabilities
 
 
-def class_weight(weight: Tensor | None, target: Tensor, label_smoothing: float, dtype: torch.dtype) -> Tensor | None:
+def class_weight(weight: Tensor | None, target: Tensor, wanted: Wanted, dtype: torch.dtype) -> Tensor | None:
     """The weights as the primitives take them, where they count for each class and not only for that of the target."""
-    if weight is None or not (target.is_floating_point() or label_smoothing > 0):
+    if weight is None or not (target.is_floating_point() or wanted.wsum):
         return None
     return weight.to(dtype)
 
