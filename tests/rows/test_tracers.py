@@ -95,9 +95,11 @@ class Module(nn.Module):
         return self.loss(*batch)
 
 
-def exported(loss: Loss, batch: tuple[Tensor, ...]) -> Run:
+def exported(loss: Loss, batch: tuple[Tensor, ...], rows: Any = None) -> Run:
+    """Of any number of rows, where `rows` is a dimension."""
     leaves = tuple(t.clone().requires_grad_(t.is_floating_point()) for t in batch)
-    return by_autograd(torch.export.export(Module(loss), leaves).module())
+    shapes = None if rows is None else (tuple({0: rows} if len(t) == len(batch[0]) else None for t in batch),)
+    return by_autograd(torch.export.export(Module(loss), leaves, dynamic_shapes=shapes).module())
 
 
 # From a loss and a first batch to a function of any other.
@@ -108,6 +110,7 @@ TRACERS: dict[str, Tracer] = {
     "make_fx of autograd, fake": traced(by_autograd, "fake"),
     "make_fx of autograd, symbolic": traced(by_autograd, "symbolic"),
     "torch.export": exported,
+    "torch.export, symbolic": partial(exported, rows=torch.export.Dim.DYNAMIC),
     "compiled autograd": by_compiled_autograd,
     "is_grads_batched": lambda loss, _: by_batch(loss),
     "torch.func.vjp": lambda loss, _: by_func(loss),
