@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -82,11 +83,17 @@ def test_one_graph_forward_and_backward(name: str, dynamic: bool | None) -> None
 
 
 HEAD = xent.LinearCrossEntropyLoss(5, 5, bias=False)
+
+
+def head_loss(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return xent.linear_cross_entropy(x, HEAD.linear.weight, y, **options)
+
+
 DEFAULTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": lambda x, y: xent.cross_entropy(x, y),
     "token_stats": lambda x, y: xent.token_stats(x, y).lse,
     "CrossEntropyLoss": xent.CrossEntropyLoss(),
-    "linear_cross_entropy": lambda x, y: xent.linear_cross_entropy(x, HEAD.linear.weight, y),
+    "linear_cross_entropy": head_loss,
     "linear_token_stats": lambda x, y: xent.linear_token_stats(x, HEAD.linear.weight, y).lse,
     "LinearCrossEntropyLoss": HEAD,
 }
@@ -105,13 +112,9 @@ SCHEDULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "label_smoothing": lambda x, y, n: xent.cross_entropy(x, y, label_smoothing=n),
     "z_loss": lambda x, y, n: xent.cross_entropy(x, y, z_loss=n),
     "normalizer": lambda x, y, n: xent.cross_entropy(x, y, normalizer=n),
-    "head, label_smoothing": lambda x, y, n: xent.linear_cross_entropy(
-        x, HEAD.linear.weight, y, label_smoothing=n, reduction="none"
-    ).mean(),
-    "head, z_loss": lambda x, y, n: xent.linear_cross_entropy(
-        x, HEAD.linear.weight, y, z_loss=n, reduction="none"
-    ).mean(),
-    "head, normalizer": lambda x, y, n: xent.linear_cross_entropy(x, HEAD.linear.weight, y, normalizer=n),
+    "head, label_smoothing": lambda x, y, n: head_loss(x, y, label_smoothing=n, reduction="none").mean(),
+    "head, z_loss": lambda x, y, n: head_loss(x, y, z_loss=n, reduction="none").mean(),
+    "head, normalizer": lambda x, y, n: head_loss(x, y, normalizer=n),
 }
 
 

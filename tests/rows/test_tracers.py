@@ -95,11 +95,12 @@ class Module(nn.Module):
         return self.loss(*batch)
 
 
-def exported(loss: Loss, batch: tuple[Tensor, ...], rows: Any = None) -> Run:
-    """Of any number of rows, where `rows` is a dimension."""
+def exported(loss: Loss, batch: tuple[Tensor, ...], dynamic: bool = False) -> Run:
+    """For this number of rows, or for any."""
     leaves = tuple(t.clone().requires_grad_(t.is_floating_point()) for t in batch)
-    shapes = None if rows is None else (tuple({0: rows} if len(t) == len(batch[0]) else None for t in batch),)
-    return by_autograd(torch.export.export(Module(loss), leaves, dynamic_shapes=shapes).module())
+    rows = {0: torch.export.Dim.DYNAMIC} if dynamic else None
+    shapes = tuple(rows if len(t) == len(batch[0]) else None for t in batch)
+    return by_autograd(torch.export.export(Module(loss), leaves, dynamic_shapes=(shapes,)).module())
 
 
 # From a loss and a first batch to a function of any other.
@@ -110,7 +111,7 @@ TRACERS: dict[str, Tracer] = {
     "make_fx of autograd, fake": traced(by_autograd, "fake"),
     "make_fx of autograd, symbolic": traced(by_autograd, "symbolic"),
     "torch.export": exported,
-    "torch.export, symbolic": partial(exported, rows=torch.export.Dim.DYNAMIC),
+    "torch.export, symbolic": partial(exported, dynamic=True),
     "compiled autograd": by_compiled_autograd,
     "is_grads_batched": lambda loss, _: by_batch(loss),
     "torch.func.vjp": lambda loss, _: by_func(loss),
